@@ -43,7 +43,7 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
 def random_case(
     seed: int, images: int = 8, tied: bool = False, crowds: bool = True
 ) -> tuple[dict, list[dict]]:
-    """Boxes of all three COCO sizes, jittered detections, misses and false alarms; ids neither dense nor sorted."""
+    """Boxes of all COCO sizes, jittered detections, misses, false alarms; ids neither dense nor sorted."""
     rng = np.random.default_rng(seed)
     ids = [int(i) for i in rng.permutation(1000)[:images]]
     categories = [{"id": 10 * k + 3, "name": name} for k, name in enumerate(NAMES)]
@@ -179,10 +179,11 @@ def test_an_empty_data_set(without: str) -> None:
 
 def test_perfect_detections_score_one() -> None:
     truth, _ = random_case(1, crowds=False)
-    perfect = [
-        {**{key: a[key] for key in ("image_id", "category_id", "bbox", "segmentation")}, "score": 1.0}
-        for a in truth["annotations"]
-    ]
+    perfect = []
+    for a in truth["annotations"]:
+        (mask,) = coco_mask.frPyObjects(a["segmentation"], SIZE, SIZE)
+        mask["counts"] = mask["counts"].decode()
+        perfect.append({**a, "segmentation": mask, "score": 1.0})
     scores = score(truth, perfect)
     assert scores.metrics["bbox"]["AP"] == pytest.approx(1.0)
     assert scores.metrics["segm"]["AP"] == pytest.approx(1.0)
@@ -227,6 +228,7 @@ def test_two_classes_of_one_name_both_show() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"segmentation": [[1, 1, 9, 1, 9, 9]]}, "in compressed RLE"),
         ({"image_id": -5}, "detection 1: image_id -5 is not in the ground truth"),
         ({"category_id": 99}, "detection 1: category_id 99"),
         ({"score": float("nan")}, "score is nan"),
@@ -247,5 +249,5 @@ def test_boxes_alone_need_no_masks() -> None:
         del item["segmentation"]
     assert score(truth, detections, ("bbox",)) == expected
     assert list(expected.metrics) == ["bbox"]
-    with pytest.raises(DataError, match='annotation 0 .* has no "segmentation"'):
+    with pytest.raises(DataError, match=r'annotation 0 .image .* has no "segmentation", so'):
         score(truth, detections)

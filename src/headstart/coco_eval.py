@@ -2,8 +2,9 @@
 
 Definitions: https://cocodataset.org/#detection-eval. Two habits of the field are kept, and said here:
 
-- Detected masks are sized by the area of the *mask*. The reference code takes the area of the box when a result
-  holds both, which moves masks between APs, APm and APl; Detectron2 and MMDetection drop the box first, as we do.
+- Detected masks are sized by the area of the *mask*. The reference code takes the area of the box when a
+  result holds both, which moves masks between APs, APm and APl; Detectron2 and MMDetection drop the box
+  first, and so do we.
 - At most 100 detections an image count.
 """
 
@@ -74,14 +75,15 @@ def score(
     """Compare detections with the ground truth. Neither argument is changed, and nothing is printed.
 
     Args:
-        ground_truth: a COCO data set: "images", "annotations" (boxes [x, y, width, height] in pixels), "categories".
-        detections: COCO results: "image_id", "category_id", "bbox" [x, y, width, height], "score", and for
-            "segm" a "segmentation" (RLE, or polygons).
+        ground_truth: a COCO data set: "images", "annotations" (boxes [x, y, width, height] in pixels),
+            "categories".
+        detections: COCO results: "image_id", "category_id", "bbox" [x, y, width, height] in pixels, "score",
+            and for "segm" a "segmentation" (compressed RLE).
         iou_types: "bbox", "segm", or both.
 
     Raises:
-        DataError: a detection of an unknown image or category, or with a score that is not finite; masks asked
-            for where an annotation or a detection has none.
+        DataError: a detection of an unknown image or category, or with a score that is not finite; masks
+            asked for where an annotation or a detection has none.
     """
     unknown = [t for t in iou_types if t not in IOU_TYPES]
     if unknown:
@@ -116,7 +118,7 @@ def _score_one(
     evaluation.summarize()
     metrics = {name: _value(v) for name, v in zip(METRICS, evaluation.all_stats, strict=False)}
 
-    # (IoU thresholds .5:.95, recall, class, area, detections an image); area 0 is "all", the last column is 100.
+    # (IoU thresholds .5:.95, recall, class, area, detections an image): all areas, 100 detections.
     precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
     per_class = {
         names[category_id]: {"AP": _mean(precision[:, :, k]), "AP50": _mean(precision[0, :, k])}
@@ -168,14 +170,19 @@ def _check(
                 )
         if not math.isfinite(detection["score"]):
             raise DataError(f"detection {i} (image {detection['image_id']}): score is {detection['score']}")
-    if "segm" in iou_types:
-        for kind, items in (("annotation", ground_truth["annotations"]), ("detection", detections)):
-            for i, item in enumerate(items):
-                if not item.get("segmentation"):
-                    raise DataError(
-                        f'{kind} {i} (image {item["image_id"]}) has no "segmentation", so masks can\'t be scored. '
-                        'Score boxes only: iou_types=("bbox",).'
-                    )
+    if "segm" not in iou_types:
+        return
+    hint = 'so masks can\'t be scored. Score boxes only: iou_types=("bbox",).'
+    for i, annotation in enumerate(ground_truth["annotations"]):
+        if not annotation.get("segmentation"):
+            raise DataError(f'annotation {i} (image {annotation["image_id"]}) has no "segmentation", {hint}')
+    for i, detection in enumerate(detections):
+        mask = detection.get("segmentation")
+        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
+            raise DataError(
+                f'detection {i} (image {detection["image_id"]}) has no "segmentation" '
+                f"in compressed RLE, {hint}"
+            )
 
 
 def _class_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:
