@@ -1,0 +1,1 @@
+"""Images and annotations: folders, COCO, Pascal VOC, label budgets, and the generated scenes."""
