@@ -1,0 +1,158 @@
+"""Processes under ``torchrun``: who am I, and batch norm over all of them.
+
+N processes with a batch of B / N each compute the loss and the step of one process with a batch of B.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the processes that ``torchrun`` started; without it, nothing happens."""
+    if not launched() or dist.is_initialized():
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    # Long, because the first process may make proposals for hours while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every process, in rank order, on every process."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on all when true on one, so that they all stop at the same step."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean over processes."""
+    if dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world()
+    return values
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """all_reduce whose gradient is an all_reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over all processes where torch's own SyncBatchNorm refuses: on CPU."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        values = input.float()
+        others = [d for d in range(values.dim()) if d != 1]
+        count = values.new_full((1,), values.numel() / values.shape[1])
+        # Two passes: the squares are taken about the global mean, which loses no digits to a large mean.
+        total = _SumOverProcesses.apply(torch.cat([values.sum(others), count]))
+        count = total[-1:].detach()
+        mean = total[:-1] / count
+        shape = [1, -1] + [1] * (values.dim() - 2)
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(others)) / count
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.detach(), momentum)
+                self.running_var.lerp_(variance.detach() * count / (count - 1), momentum)
+        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)
+
+
+@contextlib.contextmanager
+def synchronised_batch_norm(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """All batch norms in ``module`` see the whole batch while this lasts.
+
+    The class of each layer is changed and changed back, so that a user's own module keeps its parameters and,
+    afterwards, its layers.
+    """
+    if world() == 1:
+        yield
+        return
+    changed = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
+    ]
+    classes = [type(layer) for layer in changed]
+    for layer in changed:
+        if device.type == "cuda":
+            layer.process_group = None  # type: ignore[assignment]
+            layer.__class__ = nn.SyncBatchNorm
+        else:
+            layer.__class__ = CPUSyncBatchNorm
+    try:
+        yield
+    finally:
+        for layer, cls in zip(changed, classes, strict=True):
+            layer.__class__ = cls

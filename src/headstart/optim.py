@@ -1,0 +1,82 @@
+"""Optimisers and schedules. LARS is timm's; what is ours is which parameters get decay and how the rate moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from timm.optim.lars import Lars
+from torch import nn
+
+from headstart.settings import Settings
+
+
+class OptimSettings(Settings):
+    optimizer: Literal["lars", "sgd", "adamw"] | None = Field(
+        None, description="lars, sgd or adamw; unset: chosen for the batch size, and printed"
+    )
+    lr: float | None = Field(
+        None, gt=0, description="peak learning rate of the whole batch; unset: base_lr x batch / base_batch"
+    )
+    base_lr: float | None = Field(None, gt=0, description="learning rate at a batch of base_batch images")
+    base_batch: int = Field(256, gt=0, description="batch, in images, that base_lr is meant for")
+    weight_decay: float | None = Field(None, ge=0, description="weight decay; never on 1-D parameters")
+    decay_1d: bool = Field(False, description="weight decay on biases and norms too (torchvision's habit)")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of lars and sgd")
+    trust: float = Field(0.001, gt=0, description="trust coefficient of lars")
+    warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up, passes over the images")
+    warmup_steps: int | None = Field(None, ge=0, description="linear warm-up, steps; wins over warmup_epochs")
+    warmup_from: float = Field(0.001, ge=0, le=1, description="share of lr at the first warm-up step")
+    schedule: Literal["cosine", "steps", "constant"] = Field("cosine", description="what follows warm-up")
+    final_lr: float = Field(0.0, ge=0, description="share of lr at the end of the cosine")
+    drops: list[float] = Field(
+        [2 / 3, 8 / 9], description="schedule=steps: shares of the run after which lr drops by drop_factor"
+    )
+    drop_factor: float = Field(0.1, gt=0, lt=1, description="schedule=steps: factor of each drop")
+    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unset: no clipping")
+
+
+def build_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> torch.optim.Optimizer:
+    """One optimiser over the trainable parameters of ``modules``.
+
+    1-D parameters (biases, norms) get no weight decay, and with LARS no adaptation either: timm's LARS adapts
+    only where there is decay (SoCo's released code does the same).
+    """
+    assert settings.lr is not None
+    assert settings.weight_decay is not None
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = list(dict.fromkeys(parameters))  # C4 detectors share a block between two heads
+    matrices = [p for p in parameters if p.ndim > 1]
+    vectors = [p for p in parameters if p.ndim <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": settings.weight_decay if settings.decay_1d else 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if settings.optimizer == "lars":
+        return Lars(groups, lr=settings.lr, momentum=settings.momentum, trust_coeff=settings.trust)
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    raise ValueError(f"optimizer {settings.optimizer!r} was not resolved")
+
+
+def learning_rate(step: int, total_steps: int, settings: OptimSettings) -> float:
+    """The rate used by 0-based ``step``: linear warm-up, then cosine, steps or constant."""
+    assert settings.lr is not None
+    warmup = settings.warmup_steps or 0
+    if step < warmup:
+        share = settings.warmup_from + (1 - settings.warmup_from) * step / warmup
+        return settings.lr * share
+    if settings.schedule == "constant":
+        return settings.lr
+    if settings.schedule == "steps":
+        passed = sum(step >= round(drop * total_steps) for drop in settings.drops)
+        return settings.lr * settings.drop_factor**passed
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    low = settings.final_lr
+    return settings.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
