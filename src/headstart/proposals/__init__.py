@@ -1,0 +1,126 @@
+"""Class-less boxes for images without labels: engines that find them, a filter, a file.
+
+To add an engine: one file with a class like :class:`ProposalEngine`, and a line in ``ENGINES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+EngineName = Literal["opencv", "random"]
+
+
+class ProposalEngine(Protocol):
+    """Finds boxes in one image. ``version`` changes whenever the boxes may: it is kept beside them."""
+
+    name: str
+    version: str
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """Boxes of an image (H, W, 3), uint8 RGB: (N, 4) float32 xyxy in its pixels, N may be 0.
+
+        The result depends on the image and ``rng`` alone, in its order too.
+        """
+        ...
+
+
+class ProposalSettings(BaseModel):
+    """How proposals are made. The defaults are SoCo's and ADePT's (SoCo section 3.2)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: EngineName = Field(
+        default="opencv",
+        description="What finds the boxes: opencv (Selective Search) or random (SoCo Table 5c).",
+    )
+    scale: float = Field(
+        default=500.0,
+        gt=0,
+        description="Felzenszwalb's k for pixel values 0..255 (skimage's scale): larger gives larger "
+        "segments and fewer boxes.",
+    )
+    sigma: float = Field(
+        default=0.9, ge=0, description="Gaussian blur before the segmentation, standard deviation in px."
+    )
+    min_size: int = Field(
+        default=10,
+        ge=1,
+        description="Segments of fewer px are merged into a neighbour. SoCo's released code: 100.",
+    )
+    colour: Literal["hsv", "rgb"] = Field(
+        default="hsv",
+        description="Colour space that is segmented and compared (opencv only). hsv is OpenCV's own choice.",
+    )
+    long_side_px: int = Field(
+        default=640,
+        ge=32,
+        description="Larger images are shrunk to this long side for the search; boxes come back in the "
+        "original's px. The time grows faster than the number of pixels.",
+    )
+    aspect_max: float = Field(
+        default=3.0, ge=1, description="Filter: keep boxes with 1/aspect_max <= width/height <= aspect_max."
+    )
+    size_min: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) >= this (W, H: image).",
+    )
+    size_max: float = Field(
+        default=0.8,
+        gt=0,
+        le=1,
+        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) <= this (W, H: image).",
+    )
+    fallback_side_px: float = Field(
+        default=32.0,
+        ge=1,
+        description="When neither the filter nor its aspect rule alone keeps a box: keep those with both "
+        "sides at least this long, in px (made for photos of about 500 px; scale it with yours).",
+    )
+    random_boxes: int = Field(
+        default=4, ge=1, description="Boxes an image (random only). SoCo Table 5c: 1, 4, 8."
+    )
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the random engine; each image has its own stream."
+    )
+    max_unreadable: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Stop with an error when more than this share of the images is unusable.",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_in_order(self) -> ProposalSettings:
+        if self.size_min >= self.size_max:
+            raise ValueError(f"size_min={self.size_min} must be below size_max={self.size_max}")
+        return self
+
+
+def _opencv(settings: ProposalSettings) -> ProposalEngine:
+    from headstart.proposals.selective_search import SelectiveSearch
+
+    return SelectiveSearch(settings.scale, settings.sigma, settings.min_size, settings.colour)
+
+
+def _random(settings: ProposalSettings) -> ProposalEngine:
+    from headstart.proposals.random_boxes import RandomBoxes
+
+    return RandomBoxes(settings.random_boxes, settings.aspect_max, settings.size_min, settings.size_max)
+
+
+ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {"opencv": _opencv, "random": _random}
+
+
+def make_engine(settings: ProposalSettings) -> ProposalEngine:
+    """The engine that ``settings.engine`` names.
+
+    Raises:
+        SettingsError: it can't work on this machine; the message says what to install.
+    """
+    return ENGINES[settings.engine](settings)

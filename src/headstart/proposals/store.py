@@ -1,0 +1,291 @@
+"""The proposals file: Parquet, one row an image, read back as views into memory-mapped Arrow data.
+
+Columns: image (path relative to the folder, /-separated), width, height (px, after EXIF rotation), bytes (of
+the file), boxes (list of 4 float32, xyxy in those px), n_raw (boxes before the filter), fallback ("" or
+"ratio", "any_box", "whole_image"), error (why the image can't be used, or null). The schema's metadata holds, as
+JSON under b"headstart": settings, engine, engine_version, folder, headstart (the version that wrote it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from headstart.datasets.images import list_images
+from headstart.errors import DataError
+from headstart.files import replacing
+
+METADATA_KEY = b"headstart"
+ROW_GROUP = 4096  # rows held in memory at a time while a file is written or copied
+
+COLUMNS = pa.schema(
+    [
+        pa.field("image", pa.string(), nullable=False),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("bytes", pa.int64()),
+        pa.field("boxes", pa.list_(pa.list_(pa.float32(), 4))),
+        pa.field("n_raw", pa.int32()),
+        pa.field("fallback", pa.string()),
+        pa.field("error", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Row:
+    """One image's proposals, or the reason why there are none (then ``error`` is set and the sizes are 0)."""
+
+    image: str
+    bytes: int | None
+    width: int = 0
+    height: int = 0
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    n_raw: int = 0
+    fallback: str = ""
+    error: str | None = None
+
+
+def table_of(rows: list[Row], schema: pa.Schema) -> pa.Table:
+    counts = np.array([len(row.boxes) for row in rows], np.int64)
+    values = np.concatenate([row.boxes for row in rows]).astype(np.float32).ravel()
+    offsets = pa.array(np.concatenate([[0], counts.cumsum()]), pa.int32())
+    boxes = pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(pa.array(values), 4))
+    columns = {
+        name: pa.array([getattr(row, name) for row in rows], schema.field(name).type)
+        for name in COLUMNS.names
+        if name != "boxes"
+    }
+    return pa.table([columns.get(name, boxes) for name in COLUMNS.names], schema=schema)
+
+
+def write_rows(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> None:
+    """Write ``tables``, a row group each, under a temporary name that becomes ``path`` when all is written.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
+    with (
+        replacing(path) as temporary,
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as writer,
+    ):
+        for table in tables:
+            writer.write_table(table)
+
+
+class ProposalFile:
+    """A finished proposals file or a part of one: its keys in memory, its rows read when asked for.
+
+    Raises (also from ``rows``):
+        DataError: truncated, damaged, or not a proposals file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with self._readable():
+            handle = self._open()
+            schema = handle.schema_arrow
+            self.metadata = _metadata(path, schema)
+            starts = [0]
+            for group in range(handle.num_row_groups):
+                starts.append(starts[-1] + handle.metadata.row_group(group).num_rows)
+            keys = handle.read(["image", "bytes", "error"])
+        self.schema = schema
+        self.starts = np.array(starts)  # first row of each row group, and the end
+        self.images: list[str] = keys["image"].to_pylist()
+        self.bytes: list[int | None] = keys["bytes"].to_pylist()
+        self.errors: list[str | None] = keys["error"].to_pylist()
+
+    def rows(self, start: int, stop: int, cache: OrderedDict) -> pa.Table:
+        """Rows [start, stop). ``cache`` keeps the last row groups of all files that are being merged."""
+        tables = []
+        while start < stop:
+            group = int(np.searchsorted(self.starts, start, "right")) - 1
+            first, end = int(self.starts[group]), int(self.starts[group + 1])
+            taken = min(stop, end) - start
+            tables.append(self._group(group, cache).slice(start - first, taken))
+            start += taken
+        return pa.concat_tables(tables)
+
+    def _group(self, group: int, cache: OrderedDict) -> pa.Table:
+        key = (self.path, group)
+        if key not in cache:
+            with self._readable(), self._open() as handle:
+                cache[key] = handle.read_row_group(group)
+            while len(cache) > 16:
+                cache.popitem(last=False)
+        cache.move_to_end(key)
+        return cache[key]
+
+    def _open(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.path, memory_map=True, page_checksum_verification=True)
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        with readable(self.path):
+            yield
+
+
+class ProposalStore:
+    """Proposals of all usable images, in the order of their names.
+
+    Without ``cache`` the file is decompressed into this process's memory. With it, the rows are written once
+    as an Arrow file into the folder ``cache`` and mapped from there: processes that open the same file share
+    its pages, and memory stays flat. A pickled store is its two paths; where it arrives, the file is reopened.
+
+    Raises:
+        DataError: no such file, truncated, damaged, not a proposals file, or without one usable image.
+    """
+
+    def __init__(self, path: Path | str, cache: Path | str | None = None) -> None:
+        self.path = Path(path)
+        self.cache = None if cache is None else Path(cache)
+        with readable(self.path):
+            if self.cache is None:
+                handle = pq.ParquetFile(self.path, memory_map=True, page_checksum_verification=True)
+                self.metadata = _metadata(self.path, handle.schema_arrow)
+                table = handle.read()
+            else:
+                table = _mapped(self.path, self.cache)
+                self.metadata = _metadata(self.path, table.schema)
+        self._table = table
+        errors = table["error"]
+        self._rows = np.flatnonzero(errors.is_null().to_numpy())
+        if len(self._rows) == 0:
+            raise DataError(f"{self.path}: none of its {len(table)} images could be used")
+        self._width = table["width"].to_numpy()
+        self._height = table["height"].to_numpy()
+        # Views into the Arrow buffers, one pair a chunk: boxes(i) then costs a search and two slices.
+        chunks = [chunk for chunk in table["boxes"].chunks if len(chunk)]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._values = [_floats(chunk) for chunk in chunks]
+
+    @classmethod
+    def open(cls, path: Path | str, cache: Path | str | None = None) -> ProposalStore:
+        return cls(path, cache)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the boxes were made with: a dumped :class:`headstart.proposals.ProposalSettings`."""
+        return self.metadata["settings"]
+
+    @cached_property
+    def images(self) -> list[str]:
+        """Paths of the usable images, relative to their folder."""
+        return self._table["image"].take(pa.array(self._rows)).to_pylist()
+
+    @cached_property
+    def failures(self) -> dict[str, str]:
+        """Images that can't be used -> the reason."""
+        failed = self._table.select(["image", "error"]).filter(self._table["error"].is_valid())
+        return dict(zip(failed["image"].to_pylist(), failed["error"].to_pylist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def boxes(self, i: int) -> np.ndarray:
+        """(n, 4) float32 xyxy in px of the upright original, n >= 1. A read-only view: copy to change it."""
+        row = self._rows[i]
+        chunk = int(np.searchsorted(self._starts, row, "right")) - 1
+        offsets = self._offsets[chunk]
+        place = row - self._starts[chunk]
+        return self._values[chunk][offsets[place] : offsets[place + 1]]
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(width, height) of the upright original, px."""
+        row = self._rows[i]
+        return int(self._width[row]), int(self._height[row])
+
+    def check_images(self, folder: Path | str) -> None:
+        """Raises: DataError when the folder's images are not those of the file, naming the first few."""
+        there, here = set(list_images(folder)), {*self.images, *self.failures}
+        problems = [
+            f"{len(names)} images {text}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+            for names, text in (
+                (there - here, "of the folder are not in the file"),
+                (here - there, "of the file are not in the folder"),
+            )
+            if names
+        ]
+        if problems:
+            raise DataError(
+                f"{self.path} does not belong to the images in {folder}: {'; '.join(problems)}. "
+                f"`headstart propose {folder} --out {self.path}` brings it up to date."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "cache": self.cache}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def schema_for(metadata: dict[str, Any]) -> pa.Schema:
+    return COLUMNS.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
+
+
+def _metadata(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    try:
+        metadata = json.loads((schema.metadata or {})[METADATA_KEY])
+    except (KeyError, ValueError):
+        metadata = None
+    if not isinstance(metadata, dict) or "settings" not in metadata or not schema.equals(COLUMNS):
+        raise DataError(
+            f"{path}: a Parquet file, but not one that `headstart propose` wrote (columns: "
+            f"{', '.join(schema.names[:8])}); expected {', '.join(COLUMNS.names)}"
+        )
+    return metadata
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Arrow's many errors while reading ``path`` become one DataError that says what to do."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; `headstart propose` makes it") from None
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).split("\n")[0]
+        raise DataError(
+            f"{path}: truncated, damaged, or not a Parquet file of proposals ({reason}). "
+            "Delete it and call `headstart propose` again: what only it held is made anew."
+        ) from error
+
+
+def _floats(chunk: pa.ListArray) -> np.ndarray:
+    values = chunk.values  # the whole child array: offsets count from its beginning, sliced or not
+    return values.values.to_numpy(zero_copy_only=True)[4 * values.offset :].reshape(-1, 4)
+
+
+def _batches(path: Path, source: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+    with readable(path):  # named here, or an unreadable source would be taken for an unwritable cache
+        yield from source.iter_batches(ROW_GROUP)
+
+
+def _mapped(path: Path, cache: Path) -> pa.Table:
+    """The rows of ``path`` as a memory-mapped Arrow file in ``cache``, written first if it is not there."""
+    status = os.stat(path)
+    # Another file, or this one written anew, gets another name: a stale copy can't be taken for it.
+    key = f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
+    target = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
+    if not target.exists():
+        source = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+        _metadata(path, source.schema_arrow)
+        with replacing(target) as temporary, pa.ipc.new_file(str(temporary), source.schema_arrow) as writer:
+            for batch in _batches(path, source):
+                writer.write_batch(batch)
+    with readable(target):
+        return pa.ipc.open_file(pa.memory_map(str(target))).read_all()
