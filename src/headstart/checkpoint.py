@@ -126,3 +126,9 @@ def load(folder: Path) -> Checkpoint:
     if state.get("format") != FORMAT:
         raise RunError(f"{folder}: checkpoint format {state.get('format')}, expected {FORMAT}")
     return Checkpoint(state["step"], model, state)
+
+
+def newest(run: Path) -> Path | None:
+    """The newest complete checkpoint's folder, unread."""
+    folders = _complete(run)
+    return folders[-1] if folders else None

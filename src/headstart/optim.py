@@ -11,6 +11,7 @@ from pydantic import Field
 from timm.optim.lars import Lars
 from torch import nn
 
+from headstart.errors import SettingsError
 from headstart.settings import Settings
 
 
@@ -37,6 +38,43 @@ class OptimSettings(Settings):
     )
     drop_factor: float = Field(0.1, gt=0, lt=1, description="schedule=steps: factor of each drop")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unset: no clipping")
+
+
+def settle_optim(
+    optim: OptimSettings, advised: OptimSettings, batch_size: int, total_steps: int, steps_per_epoch: float
+) -> list[str]:
+    """Resolve optimiser, rate, decay and warm-up against what a method, or fine-tuning, advises.
+
+    Returns:
+        What was chosen, in words.
+
+    Raises:
+        SettingsError: an optimiser other than the advised one was asked for, without its rate.
+    """
+    said = []
+    if optim.optimizer is None:
+        optim.optimizer = advised.optimizer
+        said.append(f"optimiser {optim.optimizer} (--set optim.optimizer=lars|sgd|adamw)")
+    if optim.weight_decay is None:
+        optim.weight_decay = advised.weight_decay
+    if optim.lr is None:
+        base, batch = optim.base_lr, optim.base_batch
+        if base is None:
+            base, batch = advised.base_lr, advised.base_batch
+            if optim.optimizer != advised.optimizer:
+                raise SettingsError(f"optim.optimizer={optim.optimizer}: needs its learning rate too (optim.base_lr)")
+        assert base is not None
+        optim.lr = base * batch_size / batch
+        said.append(f"lr {optim.lr:.3g}: {base:g} x batch {batch_size} / {batch} (--set optim.lr)")
+    if optim.warmup_steps is None:
+        epochs = optim.warmup_epochs if optim.warmup_epochs is not None else advised.warmup_epochs
+        # The papers warm up for a tenth of a 100-epoch run; a short run never gets more than that either.
+        tenth = total_steps // 10
+        optim.warmup_steps = tenth if epochs is None else round(epochs * steps_per_epoch)
+        if optim.warmup_epochs is None:
+            optim.warmup_steps = min(optim.warmup_steps, tenth)
+            said.append(f"warm-up {optim.warmup_steps} steps (--set optim.warmup_steps)")
+    return said
 
 
 def build_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> torch.optim.Optimizer:

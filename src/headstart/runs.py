@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import headstart
+from headstart import distributed
 from headstart.console import notes
 from headstart.errors import RunError
 from headstart.files import clear_leftovers, read_json, write_json
@@ -40,6 +41,13 @@ class Run:
 
     @classmethod
     def start(cls, path: Path | str, record: Mapping[str, Any], resume: bool) -> Run:
+        """:meth:`open` by the first process; the others go on when the folder is there."""
+        run = cls.open(path, record, resume) if distributed.is_main() else cls(Path(path), dict(record))
+        distributed.barrier()
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str, record: Mapping[str, Any], resume: bool) -> Run:
         """Create the folder, or take up the one that is there.
 
         Raises:

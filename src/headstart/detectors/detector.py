@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -104,5 +105,16 @@ def as_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255) if images.dtype == torch.uint8 else images
 
 
-def describe_spec(settings: DetectorSettings | None) -> dict[str, Any]:
-    return settings.model_dump() if settings is not None else {"name": "given as an object"}
+@contextlib.contextmanager
+def lent(detector: Detector) -> Iterator[None]:
+    """Afterwards the detector is as it came but for its weights: device, mode, and what may be trained."""
+    grads = [p.requires_grad for p in detector.parameters()]
+    training, device = detector.module.training, next(detector.parameters()).device
+    try:
+        yield
+    finally:
+        for parameter, grad in zip(detector.parameters(), grads, strict=True):
+            parameter.requires_grad_(grad)
+            parameter.grad = None
+        detector.to(device, memory_format=torch.contiguous_format)
+        detector.train(training)

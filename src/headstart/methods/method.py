@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.detectors.detector import Detector
+from headstart.optim import OptimSettings
 from headstart.settings import Settings
 from headstart.views import View
 
@@ -88,8 +89,22 @@ class Method(ABC, Generic[M]):
     def views(self, image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator) -> list[View]:
         """Views of ``image`` (H, W, 3) uint8 with proposals ``boxes`` (N, 4) xyxy px; runs in a data worker."""
 
-    def refuse(self, detector: Detector) -> None:  # noqa: B027 - most methods take every detector
-        """Raise SettingsError, with the reason, for a detector that makes no sense for this method."""
+    @abstractmethod
+    def settle(self, detector: Detector, total_steps: int) -> list[str]:
+        """Fill unset settings from the detector and the length of the run; returns what was chosen, and why.
+
+        Raises:
+            SettingsError: this method makes no sense for this detector; the message says why.
+        """
+
+    @abstractmethod
+    def optimizer(self, batch_size: int) -> OptimSettings:
+        """The optimiser that suits this method at a batch of ``batch_size`` images."""
+
+    @property
+    @abstractmethod
+    def needs_proposals(self) -> bool:
+        """Whether :meth:`views` uses the boxes it is given."""
 
     @abstractmethod
     def trained_parts(self, detector: Detector) -> Sequence[str]:

@@ -37,7 +37,7 @@ from headstart.ema import cosine_momentum
 from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
-from headstart.proposals.random_boxes import random_boxes
+from headstart.proposals.random_boxes import RandomBoxes
 from headstart.settings import Settings
 from headstart.views import (
     Photometric,
@@ -159,7 +159,7 @@ class SoCo(Method[SoCoSettings]):
         """
         s = self.settings
         if s.instances == "random":
-            boxes = random_boxes(*image.shape[:2], s.K, rng)
+            boxes = RandomBoxes(s.K)(image, rng)
         v1 = resize(View(image, boxes, np.arange(len(boxes))), (s.view_px, s.view_px))
         for _ in range(1 + CROP_RETRIES):
             views = [v1, *self.crops(v1, rng)]
@@ -175,7 +175,7 @@ class SoCo(Method[SoCoSettings]):
                 chosen = rng.choice(common, s.K, replace=False)
             else:
                 chosen = np.concatenate([common, rng.choice(common, s.K - len(common))])
-            views = [View(view.image, view.boxes[chosen], view.ids[chosen]) for view in views]
+            views = [view.take(chosen) for view in views]
         jittered = {"v1": 1, "all": len(views), "none": 0}[s.jitter]
         return [
             self.augment(view, photometric, rng, jitter=i < jittered)
@@ -187,7 +187,7 @@ class SoCo(Method[SoCoSettings]):
         s = self.settings
 
         def crop(px: int) -> View:
-            return crop_and_resize(v1, random_crop_box(*v1.image.shape[:2], rng, scale=s.crop_scale), (px, px))
+            return crop_and_resize(v1, random_crop_box(*v1.size, rng, scale=s.crop_scale), (px, px))
 
         views = [crop(s.view_px)]
         if s.v3 == "downsample":
@@ -202,7 +202,7 @@ class SoCo(Method[SoCoSettings]):
         s = self.settings
         boxes = view.boxes
         if jitter:
-            boxes = jitter_boxes(boxes, rng, *view.image.shape[:2], prob=s.jitter_prob, frac=s.jitter_r)
+            boxes = jitter_boxes(boxes, rng, *view.size, prob=s.jitter_prob, frac=s.jitter_r)
         view = View(photometric(view.image, rng), boxes, view.ids)
         return hflip(view) if rng.random() < 0.5 else view
 
@@ -289,6 +289,6 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 def whole(view: View, count: int) -> View:
     """The whole view as its only object, ``count`` times."""
-    height, width = view.image.shape[:2]
+    height, width = view.size
     boxes = np.tile(np.array([[0, 0, width, height]], np.float32), (count, 1))
     return View(view.image, boxes, np.zeros(count, np.int64))

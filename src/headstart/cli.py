@@ -1,0 +1,363 @@
+"""The verbs of :mod:`headstart` for the shell. Nothing here that the Python API lacks.
+
+Heavy libraries are imported inside the commands, so that ``headstart --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.table import Table
+from typer.core import TyperCommand, TyperGroup
+
+from headstart import __version__
+from headstart.console import notes, results
+from headstart.errors import HeadstartError
+from headstart.methods import METHODS, SUMMARIES
+
+CONTEXT = {"help_option_names": ["-h", "--help"]}
+STOPPED = 130  # what a shell expects of a command that Ctrl-C ended
+
+app = typer.Typer(
+    name="headstart",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings=CONTEXT,
+    help="Pretrain whole object detectors, heads included, on images nobody has labelled; fine-tune them with few "
+    "labels; see honestly whether it helped.\n\n"
+    "[bold]headstart pretrain soco PHOTOS/ --out runs/x[/bold]\n\n"
+    "[bold]headstart finetune runs/x --train train.json --val val.json --labels 10%[/bold]\n\n"
+    "[bold]headstart report runs/*[/bold]",
+)
+
+# Options that mean the same everywhere are written once, here.
+Images = Annotated[Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")]
+Out = Annotated[Optional[Path], typer.Option("--out", help="Where the result goes.", show_default=False)]
+Recipe = Annotated[
+    Optional[str],
+    typer.Option("--recipe", help="Name or YAML file of a recipe: its numbers become the defaults."),
+]
+Epochs = Annotated[Optional[float], typer.Option("--epochs", help="Length, in passes over the images.")]
+MaxSteps = Annotated[
+    Optional[int], typer.Option("--max-steps", help="Length, in steps of the optimiser; wins over --epochs.")
+]
+BatchSize = Annotated[
+    Optional[int], typer.Option("--batch-size", help="Images a step, over all processes.  [default: for the device]")
+]
+Seed = Annotated[Optional[int], typer.Option("--seed", help="Seed of everything random.  [default: 0]")]
+Device = Annotated[Optional[str], typer.Option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")]
+Set = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
+Backbone = Annotated[
+    Optional[str],
+    typer.Option("--backbone", help="torchvision backbone, for example resnet18.  [default: resnet50]"),
+]
+
+
+def settings_table(model: Any, title: str) -> Table:
+    from headstart.settings import leaves
+
+    table = Table(title=title, title_justify="left", show_lines=False, box=None, pad_edge=False)
+    for column in ("setting", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    group = ""
+    for key, field in sorted(leaves(model), key=lambda item: not item[0].startswith("method.")):
+        section, _, _ = key.partition(".")
+        if section != group:
+            table.add_section()
+            group = section
+        default = field.get_default(call_default_factory=True)
+        table.add_row(f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or "")
+    return table
+
+
+class _WithSettings(TyperCommand):
+    """``--help`` shows, under the options, every setting that ``--set`` takes, with default and unit."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        results.print(settings_table(self.settings_type(), f"Settings of {self.name}, and their defaults"))
+        results.print("Set them with [bold]--set KEY=VALUE[/bold]; the last part of a key is enough where it is the only one.")
+
+    def settings_type(self) -> Any:
+        raise NotImplementedError
+
+
+class _Propose(_WithSettings):
+    def settings_type(self) -> Any:
+        from headstart.proposals import ProposalSettings
+
+        return ProposalSettings
+
+
+class _Pretrain(_WithSettings):
+    def settings_type(self) -> Any:
+        from headstart.verbs.pretrain import config_type
+
+        return config_type(str(self.name))
+
+
+class _Finetune(_WithSettings):
+    def settings_type(self) -> Any:
+        from headstart.verbs.finetune import config_type
+
+        return config_type()
+
+
+@app.callback(invoke_without_command=True)
+def _headstart(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        results.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to create.", metavar="OUT")],
+    unlabelled: Annotated[int, typer.Option(help="Images without labels.")] = 1000,
+    train: Annotated[int, typer.Option(help="Labelled images to train on.")] = 64,
+    val: Annotated[int, typer.Option(help="Labelled images to evaluate on.")] = 200,
+    size_px: Annotated[int, typer.Option("--size", help="Side of the images, px.")] = 96,
+    seed: Annotated[int, typer.Option(help="Same seed, same pixels.")] = 0,
+) -> None:
+    """Generate a small detection data set: images, boxes and masks of six kinds of shapes on textured grounds."""
+    from headstart.datasets.scenes import make_scenes
+
+    summary = make_scenes(out, unlabelled=unlabelled, train=train, val=val, size_px=size_px, seed=seed)
+    results.print(summary)
+
+
+@app.command(cls=_Propose)
+def propose(
+    images: Images,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
+    ] = None,
+    engine: Annotated[
+        Optional[str], typer.Option("--engine", help="What finds the boxes.  [default: opencv]")
+    ] = None,
+    workers: Annotated[Optional[int], typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
+    seed: Seed = None,
+    settings: Set = None,
+) -> None:
+    """Find class-less boxes (Selective Search) in a folder of images, for every method to train on.
+
+    A killed command goes on where it stopped when it is repeated; new images in the folder are added.
+    """
+    from headstart.proposals import ProposalSettings
+    from headstart.settings import merge, parse_assignments, validate
+    from headstart.propose import propose as run
+
+    explicit = {k: v for k, v in {"engine": engine, "seed": seed}.items() if v is not None}
+    values = merge(explicit, parse_assignments(ProposalSettings, settings or []))
+    summary = run(images, out, settings=validate(ProposalSettings, values, "propose"), workers=workers)
+    results.print(summary.table())
+
+
+class _Methods(TyperGroup):
+    """One subcommand a method, made from the registry when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(METHODS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in METHODS:
+            return None
+        one = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
+        one.command(
+            cmd_name, cls=_Pretrain, help=SUMMARIES[cmd_name], context_settings=CONTEXT
+        )(_pretrain_with(cmd_name))
+        return typer.main.get_command(one)
+
+
+def _pretrain_with(method: str) -> Any:
+    def command(
+        images: Images,
+        detector: Annotated[str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")] = "faster_rcnn",
+        backbone: Backbone = None,
+        out: Out = None,
+        proposals: Annotated[
+            Optional[Path],
+            typer.Option("--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"),
+        ] = None,
+        recipe: Recipe = None,
+        epochs: Epochs = None,
+        max_steps: MaxSteps = None,
+        batch_size: BatchSize = None,
+        seed: Seed = None,
+        device: Device = None,
+        settings: Set = None,
+        resume: Resume = False,
+    ) -> None:
+        from headstart.verbs.pretrain import pretrain as run
+
+        done = run(
+            detector,
+            images,
+            method,
+            out=out,
+            backbone=backbone,
+            proposals=proposals,
+            recipe=recipe,
+            epochs=epochs,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            settings=settings or [],
+            resume=resume,
+        )
+        if not done.summary.finished:
+            raise typer.Exit(STOPPED)
+
+    return command
+
+
+pretrain = typer.Typer(
+    cls=_Methods,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings=CONTEXT,
+    subcommand_metavar="METHOD PHOTOS [OPTIONS]...",
+    help="Pretrain a detector, heads included, on a folder of images without labels.\n\n"
+    "Proposals are made on the way when there are none. [bold]headstart pretrain METHOD --help[/bold] shows the "
+    "method's own settings. Several GPUs: [bold]torchrun --nproc-per-node N -m headstart pretrain ...[/bold]",
+)
+app.add_typer(pretrain, name="pretrain")
+
+
+@pretrain.callback()
+def _pretrain() -> None:
+    """Keeps Typer from folding the group into its only command."""
+
+
+@app.command(cls=_Finetune)
+def finetune(
+    start: Annotated[
+        str,
+        typer.Argument(
+            help="What to start from: a run folder, a weights file (.safetensors, .pth), or 'scratch'.",
+            metavar="START",
+        ),
+    ],
+    train: Annotated[Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")],
+    val: Annotated[Optional[Path], typer.Option("--val", help="Labels to evaluate on at the end.")] = None,
+    labels: Annotated[
+        str,
+        typer.Option(
+            "--labels", help="Label budget: 10%, a number of images, all, or the labels.json of another run."
+        ),
+    ] = "all",
+    detector: Annotated[
+        Optional[str], typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: as START]")
+    ] = None,
+    backbone: Backbone = None,
+    out: Out = None,
+    train_images: Annotated[Optional[Path], typer.Option("--train-images", help="Folder of --train's images.")] = None,
+    val_images: Annotated[Optional[Path], typer.Option("--val-images", help="Folder of --val's images.")] = None,
+    recipe: Recipe = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
+    resume: Resume = False,
+) -> None:
+    """Train a detector with few labels, or all, and evaluate it.
+
+    The exact images of the budget are written to labels.json in the run folder.
+    """
+    from headstart.verbs.finetune import finetune as run
+
+    done = run(
+        start,
+        train,
+        val,
+        labels=labels,
+        out=out,
+        detector=detector,
+        backbone=backbone,
+        train_images=train_images,
+        val_images=val_images,
+        recipe=recipe,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        settings=settings or [],
+        resume=resume,
+    )
+    if not done.summary.finished:
+        raise typer.Exit(STOPPED)
+    if done.evaluation is not None:
+        for table in done.evaluation.tables():
+            results.print(table)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Fine-tuned run folder.", metavar="RUN")],
+    data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
+    images: Annotated[Optional[Path], typer.Option("--images", help="Folder of the images.")] = None,
+    out: Annotated[
+        Optional[Path], typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
+) -> None:
+    """COCO metrics of a fine-tuned run, boxes and masks, over all and per class: a table and a JSON file."""
+    from headstart.verbs.evaluate import evaluate as score
+
+    evaluation = score(run, data, images=images, out=out, batch_size=batch_size, device=device)
+    for table in evaluation.tables():
+        results.print(table)
+    notes.print(f"Written: {evaluation.path}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
+    images: Annotated[int, typer.Option("--images", help="Sample images in each gallery.")] = 12,
+) -> None:
+    """One self-contained HTML page about runs: APs with spread, curves, detections beside ground truth."""
+    from headstart.report import report as write
+
+    path = write(runs, out, images=images)
+    notes.print(f"Written: {path}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with Headstart: numbers of one experiment of a paper each."""
+    from headstart.recipes import FOLDER, names
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe")
+    table.add_column("what")
+    for name in names():
+        first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+        table.add_row(f"[cyan]{name}[/cyan]", first.lstrip("# "))
+    results.print(table)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one message, not a traceback."""
+    try:
+        app()
+    except HeadstartError as error:
+        notes.print("[bold red]error:[/bold red] ", end="")
+        notes.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,340 @@
+"""Fine-tuning: a pretrained run, a weights file or nothing, and some labels -> a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, create_model
+from torch import Tensor, nn
+
+from headstart import detectors, distributed, recipes
+from headstart.console import notes
+from headstart.datasets.detection import DetectionData, load_detection_data
+from headstart.datasets.splits import choose_labelled, write_split
+from headstart.datasets.torch_dataset import DetectionDataset
+from headstart.detectors.detector import Detector, Target, lent
+from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state, save_detector
+from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
+from headstart.errors import DataError, RunError, SettingsError
+from headstart.verbs.evaluate import Evaluation, in_order_of, run_detector, write_evaluation
+from headstart.optim import OptimSettings, settle_optim
+from headstart.runs import DETECTOR_FILE, Run, fingerprint, read_record
+from headstart.settings import Settings, flatten, merge, parse_assignments, validate
+
+SCRATCH = "scratch"
+EPOCHS = 12  # COCO's 1x schedule
+MIN_STEPS = 1000
+
+
+class AugmentSettings(Settings):
+    flip_prob: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+
+
+def config_type(detector: str = "faster_rcnn") -> type[BaseModel]:
+    """The settings of a fine-tuning run, nested: detector, augment, optim, train."""
+    return create_model(
+        "FinetuneSettings",
+        detector=(detectors.settings_type(detector), Field(default_factory=detectors.settings_type(detector))),
+        augment=(AugmentSettings, Field(default_factory=AugmentSettings)),
+        optim=(OptimSettings, Field(default_factory=lambda: OptimSettings(schedule="steps"))),
+        train=(TrainSettings, Field(default_factory=TrainSettings)),
+        __config__={"extra": "forbid", "validate_assignment": True},
+    )
+
+
+@dataclass
+class Finetuned:
+    """What :func:`finetune` returns. ``evaluation`` is None without validation data."""
+
+    path: Path
+    detector: Detector
+    summary: Summary
+    load_report: LoadReport | None
+    evaluation: Evaluation | None
+
+
+class _Supervised(nn.Module):
+    """``forward(batch) -> {term: loss}``: the detector's own."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: _Labelled) -> dict[str, Tensor]:
+        return self.detector.loss(batch.images, batch.targets)
+
+
+class _Labelled:
+    """A batch of images of different sizes and their targets."""
+
+    def __init__(self, samples: Sequence[tuple[Tensor, Target]]) -> None:
+        self.images = [image for image, _ in samples]
+        self.targets = [target for _, target in samples]
+
+    def to(self, device: torch.device) -> _Labelled:
+        self.images = [image.to(device, non_blocking=True) for image in self.images]
+        self.targets = [
+            {k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets
+        ]
+        return self
+
+    def pin_memory(self) -> _Labelled:
+        self.images = [image.pin_memory() for image in self.images]
+        return self
+
+
+@dataclass
+class _Loader:
+    dataset: DetectionDataset
+    flip_prob: float
+
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Target]:
+        image, target = self.dataset[index]
+        return flip(image, target) if rng.random() < self.flip_prob else (image, target)
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Mirror an image (3, H, W), its boxes and masks."""
+    width = image.shape[-1]
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
+    flipped = {**target, "boxes": boxes}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), flipped
+
+
+def finetune(
+    start: Path | str | nn.Module,
+    train: Path | str,
+    val: Path | str | None = None,
+    *,
+    labels: str | int = "all",
+    out: Path | str | None = None,
+    detector: str | None = None,
+    backbone: str | None = None,
+    train_images: Path | str | None = None,
+    val_images: Path | str | None = None,
+    recipe: Path | str | None = None,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    resume: bool = False,
+    show: bool = True,
+) -> Finetuned:
+    """Train a detector on labelled images, all of them or a budget, and evaluate it.
+
+    Args:
+        start: a run folder (pretrained or fine-tuned), a weights file (.safetensors, or .pth with tensors only),
+            "scratch", or a torchvision detector, which is trained in place.
+        train: COCO JSON, Pascal VOC folder, or a list in ``ImageSets/Main``.
+        val: the same, for the evaluation at the end.
+        labels: label budget: "10%", a number of images, "all", or the ``labels.json`` of another run. The exact
+            images are written to ``labels.json`` in the run folder.
+        out: run folder; unset: ``runs/finetune-START-LABELS-seedN``.
+        detector, backbone: what to build; unset: what ``start`` was.
+        train_images, val_images: folders of the images, where they are not beside the annotations.
+        recipe: name or file of a recipe whose numbers are the defaults.
+        epochs, max_steps: length, in passes over the labelled images or in steps.
+        batch_size: images a step.
+        seed: of the label budget, of new weights, and of training.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        settings: any other setting, ``{"optim.lr": 0.01}`` or ``["optim.lr=0.01"]``.
+        resume: continue the run in ``out`` from its last checkpoint.
+        show: progress bar, load report and notes.
+
+    Raises:
+        DataError, SettingsError, RunError, WeightsError, TrainingError: each says what is wrong, where, and what
+            was expected.
+    """
+    given = start if isinstance(start, nn.Module) else None
+    base = _detector_of(start) if given is None else {}
+    section = recipes.read(recipe, "finetune")
+    name = detector or base.get("name") or section.get("detector", {}).get("name") or "faster_rcnn"
+    kind = config_type(name)
+    explicit = {
+        "detector.name": name,
+        "detector.backbone": backbone,
+        "train.epochs": epochs,
+        "train.max_steps": max_steps,
+        "train.batch_size": batch_size,
+        "train.seed": seed,
+        "train.device": device,
+    }
+    # What the start was built as, then the recipe, then what was asked for.
+    values = merge({"optim": {"schedule": "steps"}}, {f"detector.{k}": v for k, v in base.items()})
+    values = merge(values, flatten(section))
+    values = merge(values, {k: v for k, v in explicit.items() if v is not None})
+    assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
+    config: Any = validate(kind, merge(values, assignments), "finetune")
+    if epochs is not None and max_steps is None:
+        config.train.max_steps = None
+
+    data = load_detection_data(train, _path(train_images))
+    held_out = None
+    if val is not None:
+        held_out = in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])
+    ids = choose_labelled(data, labels, config.train.seed)
+    chosen = data.subset(ids)
+    config.detector.num_classes = len(data.categories)
+    masks = name == "mask_rcnn" if given is None else "mask_head" in detectors.wrap(given).parts
+    if masks and not chosen.has_masks:
+        raise DataError(
+            f"{train}: has no masks, which a Mask R-CNN is trained with. Use --detector faster_rcnn: its backbone, "
+            "FPN and box head take the same pretrained weights"
+        )
+    compute = pick_device(config.train.device)
+    said = settle(config, len(chosen.images), compute)
+    out = Path(out) if out is not None else default_folder(start, labels, config.train.seed)
+    with distributed.processes(compute):
+        torch.manual_seed(config.train.seed)
+        wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
+        report = _load(wrapped, start) if given is None and start != SCRATCH else None
+        if show and distributed.is_main():
+            for note in [*data.notes, *said]:
+                notes.print(f"  {note}", soft_wrap=True, markup=False)
+            if report is not None:
+                notes.print(report.table())
+        record = {
+            "kind": "finetune",
+            "seed": config.train.seed,
+            "config": {
+                **config.model_dump(mode="json"),
+                **({"detector": {"object": type(given).__name__}} if given is not None else {}),
+            },
+            "data": {
+                "train": str(train),
+                "val": None if val is None else str(val),
+                "n_images": len(chosen.images),
+                "fingerprint": fingerprint(
+                    [r.file_name for r in chosen.images], [r.width * r.height for r in chosen.images]
+                ),
+            },
+            "start": _start_record(start),
+            "labels": {"budget": str(labels), "images": len(chosen.images), "ids_file": "labels.json"},
+            "load_report": None if report is None else report.as_dict(),
+            "notes": said,
+        }
+        run = Run.start(out, record, resume)
+        if distributed.is_main():
+            write_split(run.path / "labels.json", ids, data, labels, config.train.seed)
+        dataset = DetectionDataset(chosen, masks=masks)
+        job = Job(
+            name="finetune",
+            model=_Supervised(wrapped),
+            images=len(chosen.images),
+            load=_Loader(dataset, config.augment.flip_prob),
+            collate=_Labelled,
+            name_of=[record.file_name for record in chosen.images].__getitem__,
+        )
+        with lent(wrapped):
+            summary = fit(job, config.train, config.optim, run, resume, show)
+        evaluation = None
+        if distributed.is_main():
+            run.write(status="finished" if summary.finished else "stopped", summary=summary.as_dict())
+            if not summary.finished:
+                notes.print(f"stopped at step {summary.steps}; continue with the same command and --resume")
+            else:
+                classes = [category.name for category in data.categories]
+                metadata = {"kind": "finetune", "classes": classes, "steps": summary.steps}
+                save_detector(run.path / DETECTOR_FILE, wrapped.module.state_dict(), metadata)
+                code = wrapped.plain_code()
+                if code:
+                    code += "\n" + _LOADING.format(file=DETECTOR_FILE, classes=classes)
+                    (run.path / "load_in_torchvision.py").write_text(code, encoding="utf-8")
+                if held_out is not None:
+                    with lent(wrapped):
+                        evaluation = run_detector(wrapped, held_out, 8, compute, show)
+                    write_evaluation(evaluation, run.path / "eval.json")
+                if show:
+                    notes.print(f"Weights: {run.path / DETECTOR_FILE}")
+    return Finetuned(out, wrapped, summary, report, evaluation)
+
+
+def settle(config: Any, n_images: int, device: torch.device) -> list[str]:
+    """Fill in what the user left open; returns what was chosen and why."""
+    train, said = config.train, []
+    if train.batch_size is None:
+        train.batch_size = 16 if device.type == "cuda" else 8
+        said.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
+    per_epoch = n_images / train.batch_size
+    if train.max_steps is None:
+        epochs = train.epochs or max(EPOCHS, MIN_STEPS / per_epoch)
+        train.max_steps = max(1, round(epochs * per_epoch))
+        if train.epochs is None:
+            said.append(
+                f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} labelled images (--epochs, --max-steps)"
+            )
+    # SGD at .02 for 16 images, as in the papers' fine-tuning (SoCo section 4.2) and the field's libraries.
+    advised = OptimSettings(optimizer="sgd", base_lr=0.02, base_batch=16, weight_decay=1e-4)
+    if config.optim.optimizer == "adamw" and config.optim.lr is None and config.optim.base_lr is None:
+        config.optim.lr = 1e-4
+    said += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, 1000)
+    return said
+
+
+def default_folder(start: Any, labels: str | int, seed: int) -> Path:
+    origin = "detector" if isinstance(start, nn.Module) else Path(str(start)).stem
+    budget = str(labels).replace("%", "pct")
+    return Path("runs") / f"finetune-{origin}-{Path(budget).stem}-seed{seed}"
+
+
+def _detector_of(start: Path | str) -> dict[str, Any]:
+    """Detector settings of the run that ``start`` is; empty for scratch and for weights files.
+
+    Raises:
+        RunError: ``start`` is neither a run, nor a file, nor "scratch".
+    """
+    path = Path(start)
+    if str(start) == SCRATCH or path.is_file():
+        return {}
+    if not path.is_dir():
+        raise RunError(f"{start}: no such run folder or weights file; expected one of these, or 'scratch'")
+    record = read_record(path)
+    settings = dict(record["config"]["detector"])
+    if "object" in settings:
+        raise SettingsError(
+            f"{path}: was made from a detector object, of which only the weights were kept; "
+            f"start from {path / DETECTOR_FILE} and name the detector (--detector, --backbone)"
+        )
+    return settings
+
+
+def _load(detector: Detector, start: Path | str) -> LoadReport:
+    path = Path(start)
+    file = path / DETECTOR_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(f"{path}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
+    return load_state(detector.module, read_state(file), str(file))
+
+
+def _start_record(start: Any) -> dict[str, Any]:
+    if isinstance(start, nn.Module):
+        return {"from": type(start).__name__, "method": "given", "pretrain_steps": 0}
+    if str(start) == SCRATCH:
+        return {"from": SCRATCH, "method": SCRATCH, "pretrain_steps": 0}
+    path = Path(start)
+    metadata = read_metadata(path / DETECTOR_FILE if path.is_dir() else path)
+    method = metadata.get("method") or metadata.get("kind") or path.stem
+    return {"from": str(start), "method": method, "pretrain_steps": metadata.get("steps", 0)}
+
+
+def _path(value: Path | str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+_LOADING = '''\
+# Classes 1.. in order: {classes}
+from safetensors.torch import load_file
+
+detector.load_state_dict(load_file("{file}"))
+'''

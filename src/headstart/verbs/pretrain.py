@@ -1,0 +1,325 @@
+"""Pretraining: images nobody has labelled -> a detector with trained parts."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, Field, create_model
+from torch import Tensor, nn
+
+from headstart import detectors, distributed, methods, recipes
+from headstart.console import notes
+from headstart.datasets.images import decode, list_images
+from headstart.detectors.detector import Detector, lent
+from headstart.detectors.weights import save_detector
+from headstart.ema import EMA
+from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
+from headstart.errors import DataError, SettingsError
+from headstart.methods.method import Method, Net, ViewBatch, collate_views
+from headstart.optim import OptimSettings, settle_optim
+from headstart.proposals import ProposalSettings
+from headstart.proposals.store import ProposalStore
+from headstart.propose import propose
+from headstart.runs import DETECTOR_FILE, Run, fingerprint
+from headstart.settings import merge, parse_assignments, validate
+
+EPOCHS = 100  # SoCo's, ADePT's
+CACHE = "cache"  # in the run folder: proposals as workers and processes share them
+MIN_STEPS = 2000  # of a small set of images, 100 epochs would be over before anything is learnt
+
+
+def config_type(method: str, detector: str = "faster_rcnn") -> type[BaseModel]:
+    """The settings of a pretraining run, nested: detector, method, optim, train, proposals."""
+    return create_model(
+        "PretrainSettings",
+        detector=(detectors.settings_type(detector), Field(default_factory=detectors.settings_type(detector))),
+        method=(
+            methods.method_type(method).settings_type,
+            Field(default_factory=methods.method_type(method).settings_type),
+        ),
+        optim=(OptimSettings, Field(default_factory=OptimSettings)),
+        train=(TrainSettings, Field(default_factory=TrainSettings)),
+        proposals=(ProposalSettings, Field(default_factory=ProposalSettings)),
+        __config__={"extra": "forbid", "validate_assignment": True},
+    )
+
+
+@dataclass
+class Pretrained:
+    """What :func:`pretrain` returns. ``detector.module`` is the torchvision detector with its trained parts."""
+
+    path: Path
+    detector: Detector
+    summary: Summary
+
+    @property
+    def weights(self) -> Path:
+        return self.path / DETECTOR_FILE
+
+
+class Pretraining(nn.Module):
+    """Student, teacher and the method's loss: ``forward(views) -> {term: loss}``."""
+
+    def __init__(self, method: Method, detector: Detector) -> None:
+        super().__init__()
+        self.method = method
+        trained = method.trained_parts(detector)
+        for name, part in detector.parts.items():
+            if name not in trained:
+                part.requires_grad_(False)
+        self.student = Net(detector, method.heads(detector))
+        self.teacher: Net | None = None
+        self._ema: EMA | None = None
+        if method.momentum(0, 1) is not None:
+            heads = nn.ModuleDict({name: self.student.heads[name] for name in method.teacher_heads})
+            self.teacher = copy.deepcopy(Net(detector, heads)).requires_grad_(False)
+        self._seen: tuple[Sequence[ViewBatch], Any] | None = None
+
+    def forward(self, views: _Views) -> dict[str, Tensor]:
+        with torch.no_grad():
+            targets = self.method.targets(self.teacher, views.views)
+        self._seen = (views.views, targets)
+        return self.method.loss(self.student, views.views, targets)
+
+    def after_step(self, step: int, total_steps: int) -> None:
+        momentum = self.method.momentum(step, total_steps)
+        if self.teacher is None or momentum is None:
+            return
+        if self._ema is None:  # only now are the parameters where they stay
+            self._ema = EMA(self.teacher, self.student)
+        self._ema.update(momentum)
+
+    def watch(self) -> dict[str, Any]:
+        return self.method.watch(*self._seen) if self._seen is not None else {}
+
+
+class _Views:
+    """A batch as the engine moves it."""
+
+    def __init__(self, samples: Sequence[Any]) -> None:
+        self.views = collate_views(samples)
+
+    def to(self, device: torch.device) -> _Views:
+        self.views = [view.to(device) for view in self.views]
+        return self
+
+    def pin_memory(self) -> _Views:
+        self.views = [view.pin_memory() for view in self.views]
+        return self
+
+
+@dataclass
+class _Loader:
+    """Index -> views, in a data worker."""
+
+    folder: Path
+    names: Sequence[str]
+    method: Method
+    proposals: ProposalStore | None
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Any:
+        image = decode(self.folder / self.names[index], short_side_px=self.method.decode_px)
+        boxes = np.zeros((0, 4), np.float32)
+        if self.proposals is not None:
+            width, _ = self.proposals.size(index)
+            # The image may have been decoded at a reduced scale.
+            boxes = self.proposals.boxes(index) * np.float32(image.shape[1] / width)
+        return self.method.views(image, boxes, rng)
+
+
+def pretrain(
+    detector: nn.Module | str = "faster_rcnn",
+    images: Path | str = ".",
+    method: str = "soco",
+    *,
+    out: Path | str | None = None,
+    backbone: str | None = None,
+    proposals: Path | str | None = None,
+    recipe: Path | str | None = None,
+    epochs: float | None = None,
+    max_steps: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    resume: bool = False,
+    show: bool = True,
+) -> Pretrained:
+    """Pretrain ``detector`` on a folder of images, without labels.
+
+    Args:
+        detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place.
+        images: folder, read with all its subfolders.
+        method: name of the pretraining method.
+        out: run folder; unset: ``runs/METHOD-DETECTOR``.
+        backbone: backbone name, where ``detector`` is a name.
+        proposals: Parquet file of boxes; made there when absent, or in the run folder when unset.
+        recipe: name or file of a recipe whose numbers are the defaults.
+        epochs, max_steps: length, in passes over the images or in steps of the optimiser.
+        batch_size: images a step.
+        seed: of everything random.
+        device: "auto", "cpu", "cuda", "cuda:1".
+        settings: any other setting, ``{"method.K": 8, "optim.lr": 0.1}`` or ``["K=8", "optim.lr=0.1"]``.
+        resume: continue the run in ``out`` from its last checkpoint.
+        show: progress bar and notes.
+
+    Returns:
+        Pretrained: its ``detector``, and in its ``path`` the weights of the trained parts, under torchvision's
+        own key names.
+
+    Raises:
+        DataError, SettingsError, RunError, TrainingError: each says what is wrong, where, and what was expected.
+    """
+    given = None if isinstance(detector, str) else detector
+    section = recipes.read(recipe, "pretrain")
+    named = section.get("method", {}).pop("name", method) if "method" in section else method
+    if named != method:
+        raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
+    # A name given on the command line wins over the recipe's; the default does not.
+    name = section.get("detector", {}).get("name", "faster_rcnn") if detector == "faster_rcnn" else detector
+    kind = config_type(method, name if given is None else "faster_rcnn")
+    explicit = {
+        "detector.name": name if given is None else None,
+        "detector.backbone": backbone,
+        "train.epochs": epochs,
+        "train.max_steps": max_steps,
+        "train.batch_size": batch_size,
+        "train.seed": seed,
+        "train.device": device,
+    }
+    values = merge(section, {k: v for k, v in explicit.items() if v is not None})
+    assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
+    config: Any = validate(kind, merge(values, assignments), f"pretrain {method}")
+    if epochs is not None and max_steps is None:
+        config.train.max_steps = None
+
+    folder = Path(images)
+    found = list_images(folder)
+    out = Path(out) if out is not None else Path("runs") / f"{method}-{name if given is None else 'detector'}"
+    compute = pick_device(config.train.device)
+    with distributed.processes(compute):
+        torch.manual_seed(config.train.seed)  # equal on all processes: they build the same network
+        wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
+        pretraining_method = methods.method_type(method)(config.method)
+        chosen = settle(config, pretraining_method, wrapped, len(found), compute)
+        if show and distributed.is_main():
+            for note in chosen:
+                notes.print(f"  {note}", soft_wrap=True)
+        record = {
+            "kind": "pretrain",
+            "method": method,
+            "seed": config.train.seed,
+            "config": {
+                **config.model_dump(mode="json"),
+                **({"detector": {"object": type(given).__name__}} if given is not None else {}),
+            },
+            "data": {
+                "images": str(folder),
+                "n_images": len(found),
+                "fingerprint": fingerprint(found, [(folder / n).stat().st_size for n in found]),
+            },
+            "notes": chosen,
+        }
+        run = Run.start(out, record, resume)
+        store = None
+        if pretraining_method.needs_proposals:
+            store = _proposals(folder, proposals, config.proposals, run, show)
+            found = store.images
+        with lent(wrapped):
+            model = Pretraining(pretraining_method, wrapped)
+            job = Job(
+                name=method,
+                model=model,
+                images=len(found),
+                load=_Loader(folder, found, pretraining_method, store),
+                collate=_Views,
+                name_of=found.__getitem__,
+                after_step=model.after_step,
+                watch=model.watch,
+                warn=pretraining_method.warnings,
+            )
+            summary = fit(job, config.train, config.optim, run, resume, show)
+        if distributed.is_main():
+            _finish(run, wrapped, pretraining_method, config, summary, show)
+    return Pretrained(out, wrapped, summary)
+
+
+def settle(config: Any, method: Method, detector: Detector, n_images: int, device: torch.device) -> list[str]:
+    """Fill in what the user left open, for the images and the machine at hand; returns what was chosen and why."""
+    train, notes_ = config.train, []
+    if train.batch_size is None:
+        train.batch_size = 16
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+            # Measured nowhere near every detector: about 1 GiB holds two 224 px images with a ResNet-50 FPN.
+            train.batch_size = int(min(256, 2 ** np.floor(np.log2(max(8, 2 * memory)))))
+        notes_.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
+    per_epoch = n_images / train.batch_size
+    if train.max_steps is None:
+        epochs = train.epochs or max(EPOCHS, MIN_STEPS / per_epoch)
+        train.max_steps = max(1, round(epochs * per_epoch))
+        if train.epochs is None:
+            notes_.append(
+                f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} images (--epochs, --max-steps)"
+            )
+    advised = method.optimizer(train.batch_size)
+    notes_ += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
+    notes_ += method.settle(detector, train.max_steps)
+    return notes_
+
+
+def _proposals(
+    folder: Path, file: Path | str | None, settings: ProposalSettings, run: Run, show: bool
+) -> ProposalStore:
+    path = Path(file) if file is not None else run.path / "proposals.parquet"
+    if not path.is_file() and distributed.is_main():
+        propose(folder, path, settings=settings, progress=show)
+    if distributed.is_main():
+        ProposalStore.open(path, cache=run.path / CACHE).check_images(folder)
+        run.write(data={**run.record["data"], "proposals": str(path)})
+    distributed.barrier()
+    store = ProposalStore.open(path, cache=run.path / CACHE)
+    if not len(store):
+        raise DataError(f"{path}: holds no usable image")
+    return store
+
+
+def _finish(
+    run: Run, detector: Detector, method: Method, config: Any, summary: Summary, show: bool
+) -> None:
+    shutil.rmtree(run.path / CACHE, ignore_errors=True)
+    run.write(status="finished" if summary.finished else "stopped", summary=summary.as_dict())
+    if not summary.finished:
+        notes.print(f"stopped at step {summary.steps}; continue with the same command and --resume")
+        return
+    parts = list(method.trained_parts(detector))
+    metadata = {"kind": "pretrain", "method": method.name, "parts": parts, "steps": summary.steps}
+    save_detector(run.path / DETECTOR_FILE, detector.part_state(parts), metadata)
+    code = detector.plain_code()
+    if code:
+        code += "\n" + _LOADING.format(parts=", ".join(parts), file=DETECTOR_FILE)
+        (run.path / "load_in_torchvision.py").write_text(code, encoding="utf-8")
+    if show:
+        notes.print(
+            f"\n[bold]{method.name}[/bold]: {summary.steps} steps, loss {summary.loss:.4f}. "
+            f"Pretrained: {', '.join(parts)}. Not trained: {', '.join(p for p in detector.parts if p not in parts)}."
+        )
+        for name, reason in list(summary.unreadable.items())[:10]:
+            notes.print(f"  skipped {name}: {reason}", markup=False)
+        notes.print(f"Weights: {run.path / DETECTOR_FILE}")
+        notes.print(f"Next: headstart finetune {run.path} --train train.json --val val.json", markup=False)
+
+
+_LOADING = '''\
+# Pretrained: {parts}. Everything else keeps its random start, so it shows as missing here.
+from safetensors.torch import load_file
+
+print(detector.load_state_dict(load_file("{file}"), strict=False))
+'''
