@@ -133,9 +133,9 @@ def hflip(view: View) -> View:
 def jitter_boxes(
     boxes: np.ndarray,
     rng: np.random.Generator,
-    *,
     height: int,
     width: int,
+    *,
     prob: float = 0.5,
     frac: float = 0.1,
 ) -> np.ndarray:
