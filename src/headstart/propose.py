@@ -1,14 +1,15 @@
 """A folder of images -> a file of proposals. Can be killed at any moment and called again.
 
 Finished images are kept in ``<out>.parts/``, a small Parquet file every few seconds. A call does the images
-that are neither there nor in a finished ``out`` (new, changed, or unreadable before), and at the end copies all
-rows, in the order of their names, into ``out``. What an image gets depends on its pixels, its path and the
-settings alone, so that the table does not depend on workers, order or interruptions.
+that are neither there nor in a finished ``out`` (new, changed, or unreadable before) and at the end copies
+all rows, in the order of their names, into ``out``. What an image gets depends on its pixels, its path and
+the settings alone, so that the table does not depend on workers, order or interruptions.
 """
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import multiprocessing
 import os
 import shutil
@@ -37,7 +38,7 @@ from headstart import boxes as box_ops
 from headstart import console
 from headstart.datasets.images import decode, list_images, size_of
 from headstart.errors import DataError, ImageError, RunError
-from headstart.files import clear_leftovers
+from headstart.files import TEMPORARY_PREFIX, clear_leftovers
 from headstart.proposals import ProposalEngine, ProposalSettings, make_engine
 from headstart.proposals.filters import FALLBACKS, keep_boxes
 from headstart.proposals.store import (
@@ -150,6 +151,8 @@ def propose(
     with _only_writer(parts):
         try:
             clear_leftovers(parts)
+            for leftover in out.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(out.name)}-*-????????"):
+                leftover.unlink()
             files = [out] * out.exists() + sorted(parts.glob("*.parquet"))
             state = _State([ProposalFile(file) for file in files], out, folder, names, engine.version)
             _check_same(state.files, metadata, state.pending)
@@ -217,7 +220,7 @@ class _State:
         self.new += len(self.files[-1].images)
 
     def differs_from_finished(self) -> bool:
-        """Whether ``out`` has to be written. Failures that failed again are no reason: its caches stay good."""
+        """Whether ``out`` has to be written. That failures failed again is no reason: caches stay good."""
         if not self.files or self.files[0].path != self.out or self.files[0].images != self.names:
             return True
         return any(
@@ -310,7 +313,7 @@ def _in_processes(
             try:
                 while chunks or running:
                     while chunks and len(running) < 3 * workers:
-                        running[pool.submit(_do, chunks[0])] = chunks[0]
+                        running[_submit(pool, chunks[0])] = chunks[0]
                         chunks.popleft()
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         rows = future.result()
@@ -323,7 +326,7 @@ def _in_processes(
             with _pool(folder, settings, 1) as pool:
                 try:
                     while suspects:
-                        yield pool.submit(_do, suspects[:1]).result()
+                        yield _submit(pool, suspects[:1]).result()
                         suspects.pop(0)
                 except BrokenProcessPool:
                     name = suspects.pop(0)
@@ -339,7 +342,7 @@ def _pool(folder: Path, settings: ProposalSettings, workers: int) -> Iterator[Pr
     pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, settings, stop))
     try:
         try:
-            pool.submit(_do, []).result()
+            _submit(pool, []).result()
         except BrokenProcessPool:
             raise RunError(
                 "The worker processes can't start (see above). In a script of your own, call headstart below "
@@ -352,12 +355,24 @@ def _pool(folder: Path, settings: ProposalSettings, workers: int) -> Iterator[Pr
         pool.shutdown(cancel_futures=True)
 
 
+def _submit(pool: ProcessPoolExecutor, names: list[str]) -> Future:
+    """Hand over ``names``. This may start a process, which inherits that Ctrl-C is blocked: the parent alone
+    answers it, also while workers are still importing."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return pool.submit(_do, names)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_do, names)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: tuple[Path, ProposalSettings, ProposalEngine, Event]
 
 
 def _start_worker(folder: Path, settings: ProposalSettings, stop: Event) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent alone answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it can't be blocked
     threading.Thread(target=_die_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
     _worker = (folder, settings, make_engine(settings), stop)

@@ -1,14 +1,14 @@
 """Selective Search by OpenCV (opencv-contrib, ximgproc): Uijlings et al., IJCV 2013.
 
 One segmentation (Felzenszwalb and Huttenlocher, IJCV 2004) with all three of its parameters, and one grouping
-by colour + texture + size + fill with equal weights: SoCo appendix A, ADePT section 4.1.1. OpenCV's own presets
-("single", "fast", "quality") fix min_size at 100 and are not used.
+by colour + texture + size + fill with equal weights: SoCo appendix A, ADePT section 4.1.1. OpenCV's own
+presets ("single", "fast", "quality") fix min_size at 100 and are not used.
 
 - OpenCV's k on pixel values 0..255 is skimage's ``scale`` (which it divides by 255 for values 0..1).
 - OpenCV's graph joins 4 neighbours a pixel, skimage's 8, so that the segments differ (OpenCV's are more).
 - OpenCV segments and compares one and the same image; the usual Python implementation segments RGB and
-  compares in HSV. HSV, as in OpenCV's single strategy, is the default here: on everyday photos (COCO) both find
-  the same share of the labelled objects, on microscope images (BCCD) HSV found 3.5 times as many as RGB.
+  compares in HSV. HSV, as in OpenCV's single strategy, is the default here: on everyday photos (COCO) both
+  find the same share of the labelled objects, on microscope images (BCCD) HSV found 3.5 times as many as RGB.
 - OpenCV orders boxes by an unseeded ``rand()``. Only their set is reproducible, so they are put in an order
   of ours: largest area first (what was grouped last, which Uijlings et al. prefer too), then x1, y1, x2, y2.
 """

@@ -2,8 +2,8 @@
 
 Columns: image (path relative to the folder, /-separated), width, height (px, after EXIF rotation), bytes (of
 the file), boxes (list of 4 float32, xyxy in those px), n_raw (boxes before the filter), fallback ("" or
-"ratio", "any_box", "whole_image"), error (why the image can't be used, or null). The schema's metadata holds, as
-JSON under b"headstart": settings, engine, engine_version, folder, headstart (the version that wrote it).
+"ratio", "any_box", "whole_image"), error (why the image can't be used, or null). The schema's metadata holds,
+as JSON under b"headstart": settings, engine, engine_version, folder, headstart (the version that wrote it).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class ProposalStore:
 
     Without ``cache`` the file is decompressed into this process's memory. With it, the rows are written once
     as an Arrow file into the folder ``cache`` and mapped from there: processes that open the same file share
-    its pages, and memory stays flat. A pickled store is its two paths; where it arrives, the file is reopened.
+    its pages, and memory stays flat. A pickled store is its two paths; the file is opened again on arrival.
 
     Raises:
         DataError: no such file, truncated, damaged, not a proposals file, or without one usable image.
