@@ -84,7 +84,7 @@ def _categories(path: Path, entries: list[dict[str, Any]], notes: Notes) -> list
     for number, category in categories.items():
         if often[category.name] > 1:
             categories[number] = Category(number, f"{category.name} (id {number})")
-            notes.add("categories share a name and were given their id", categories[number].name)
+            notes.add("categories that shared a name were told apart by their id", categories[number].name)
     return [categories[number] for number in sorted(categories)]
 
 

@@ -253,7 +253,7 @@ class RawObject:
 
 
 class Notes:
-    """Collects what was left out or cut; one sentence a kind, with the count and the first cases."""
+    """Collects what was left out or cut; a sentence for each kind, with the count and the first cases."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
@@ -263,7 +263,7 @@ class Notes:
         self._cases[kind].append(case)
 
     def sentences(self) -> list[str]:
-        return [f"{self.source.name}: {len(c)} {kind}: {named(c)}" for kind, c in self._cases.items()]
+        return [f"{self.source.name}: {kind}: {len(c)} ({named(c)})" for kind, c in self._cases.items()]
 
 
 def named(cases: Iterable[Any], limit: int = NAMED) -> str:
