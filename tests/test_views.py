@@ -119,6 +119,7 @@ def test_visible_says_what_the_crop_left() -> None:
     out = views.crop_and_resize(view, (0, 0, 20, 20), (20, 20))
     assert views.visible(out.boxes).tolist() == [True, False, True, False]
     assert views.visible(out.boxes, min_side_px=3).tolist() == [True, False, False, False]
+    assert views.visible(out.boxes, min_side_px=2).tolist() == [True, False, True, False]
     assert views.visible(out.boxes, min_side_px=0.25).tolist() == [True, False, True, True]
     kept = out.take(views.visible(out.boxes))
     assert kept.ids.tolist() == [0, 2]
@@ -369,6 +370,7 @@ def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatc
     jittered = 0
     values: dict[str, list[float]] = {}
     positions: dict[str, list[int]] = {}
+    jitters, happened = [], []
     for _ in range(runs):
         calls.clear()
         transform(image, rng)
@@ -379,6 +381,13 @@ def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatc
         rest = names[len(jitter) :]
         assert rest == [name for name in ("greyscale", "gaussian_blur", "solarised") if name in rest]
         jittered += bool(jitter)
+        happened.append(
+            [bool(jitter), *(name in rest for name in ("greyscale", "gaussian_blur", "solarised"))]
+        )
+        if jitter:
+            draws = dict(calls)
+            order = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
+            jitters.append([*(draws[name] for name in order), *(names.index(name) for name in order[:3])])
         for position, (name, value) in enumerate(calls):
             values.setdefault(name, []).append(value)
             positions.setdefault(name, []).append(position)
@@ -400,6 +409,13 @@ def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatc
         if name.startswith("adjust"):  # every operation is as often first as last
             assert np.abs(np.bincount(positions[name], minlength=4) / jittered - 0.25).max() < 0.03
     assert set(values["solarised"]) == {128}
+    # The four events are independent; so are the factors, of each other and of the order. Two positions of a
+    # permutation of 4 are not: their correlation is -1/3.
+    assert np.abs(np.corrcoef(np.array(happened, float).T) - np.eye(4)).max() < 0.06
+    correlation = np.corrcoef(np.array(jitters).T)
+    expected_correlation = np.eye(7)
+    expected_correlation[4:, 4:] = np.where(np.eye(3), 1, -1 / 3)
+    assert np.abs(correlation - expected_correlation).max() < 0.07
 
 
 def test_photometric_is_its_operations_in_the_order_of_byol() -> None:
