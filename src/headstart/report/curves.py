@@ -1,0 +1,172 @@
+"""Losses by step, and what pretraining is watched by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headstart.console import short_time
+from headstart.report import figures, words
+from headstart.report.figures import Curve, Look
+from headstart.report.parts import Key, Looks, Note, Shown
+from headstart.report.runs import Run, method_title
+
+
+@dataclass
+class Pretraining:
+    run: Run
+    title: str
+    figures: list[Shown]
+    notes: list[Note]
+
+
+def pretraining(runs: Sequence[Run]) -> list[Pretraining]:
+    return [_pretraining(run, f"pre{i}") for i, run in enumerate(r for r in runs if r.kind == "pretrain")]
+
+
+def _pretraining(run: Run, name: str) -> Pretraining:
+    facts = [method_title(run.method)]
+    if run.steps:
+        facts.append(words.plural(run.steps, "step"))
+    if run.data.get("n_images"):
+        facts.append(words.plural(int(run.data["n_images"]), "image"))
+    if run.seconds:
+        facts.append(short_time(run.seconds))
+    section = Pretraining(run, f"{run.name}: {', '.join(facts)}", [], [])
+    if not run.log:
+        section.notes.append(
+            Note("Nothing was logged yet (log.jsonl is missing or empty).", run.resume_command)
+        )
+        return section
+
+    steps = np.array([entry["step"] for entry in run.log], np.float64)
+    terms = list(dict.fromkeys(term for entry in run.log for term in entry.get("terms") or {}))
+    lines = [Curve("loss", Look(1), steps, _column(run.log, "loss")[None])]
+    if len(terms) > 1:
+        lines += [
+            Curve(term, Look(2 + i), steps, _column(run.log, "terms", term)[None])
+            for i, term in enumerate(terms)
+        ]
+    first, last = float(lines[0].values[0, 0]), float(lines[0].values[0, -1])
+    section.figures.append(
+        Shown(
+            figures.curves(
+                lines,
+                f"{name}-loss",
+                f"Pretraining loss of {run.name} against steps, from {first:.3g} to {last:.3g}.",
+                title="Pretraining loss",
+                ylabel="loss",
+                legend=len(lines) > 1,
+            ),
+            _smoothing(len(steps)) + (f" Its only term is {terms[0]}." if len(terms) == 1 else ""),
+        )
+    )
+    deviation = _column(run.log, "watch", "embedding_std")
+    if np.isfinite(deviation).any():
+        known = np.isfinite(deviation)
+        section.figures.append(
+            Shown(
+                figures.curves(
+                    [Curve("spread", Look(1), steps[known], deviation[known][None])],
+                    f"{name}-spread",
+                    f"Spread of the embeddings against steps, last {deviation[known][-1]:.3g}.",
+                    title="Spread of the embeddings",
+                    ylabel="standard deviation",
+                    zero=True,
+                ),
+                "Standard deviation of the normalised embeddings. Falling to zero means collapse: every "
+                "object "
+                "gets the same embedding.",
+            )
+        )
+    shares = [entry.get("watch", {}).get("level_share") for entry in run.log]
+    width = max((len(share) for share in shares if share), default=0)
+    usable = [i for i, share in enumerate(shares) if share and len(share) == width]
+    if width > 1 and usable:
+        matrix = np.array([shares[i] for i in usable], np.float64)
+        labels = [f"P{2 + level}" for level in range(width)]
+        described = ", ".join(f"{label} {100 * s:.0f} %" for label, s in zip(labels, matrix[-1], strict=True))
+        section.figures.append(
+            Shown(
+                figures.level_shares(
+                    steps[usable],
+                    matrix,
+                    labels,
+                    f"{name}-levels",
+                    f"Boxes by pyramid level; last: {described}.",
+                ),
+                "Where the boxes are read from the pyramid. A level without boxes is not trained.",
+            )
+        )
+    if len(section.figures) == 1:
+        section.notes.append(
+            Note("The log has no collapse watch (embedding spread, share of boxes a level).")
+        )
+    return section
+
+
+def finetuning(runs: Sequence[Run], looks: Looks) -> tuple[list[Shown], list[Key]]:
+    """Loss by step, a figure a label budget, a line a way of starting."""
+    shown = []
+    mine = [run for run in runs if run.kind == "finetune" and run.log]
+    sized = sorted(mine, key=lambda run: (run.labelled_images is None, run.labelled_images or 0))
+    for i, budget in enumerate(dict.fromkeys(run.key.budget for run in sized)):
+        here = [run for run in sized if run.key.budget == budget]
+        lines = []
+        for start in looks.starts:
+            members = [run for run in here if run.key.start == start]
+            if members:
+                lines.append(_aligned(members, looks.labels[start], looks.looks[start]))
+        points = max(len(line.steps) for line in lines)
+        title = words.budget_title(here[0].key, here[0].labelled_images)
+        shown.append(
+            Shown(
+                figures.curves(
+                    lines,
+                    f"fine{i}",
+                    f"Fine-tuning loss with {title}. Last values: "
+                    + "; ".join(f"{line.label} {_last(line):.3g}" for line in lines),
+                    title=title[0].upper() + title[1:],
+                    ylabel="training loss",
+                ),
+                f"Mean over {words.plural(max(len(line.values) for line in lines), 'seed')}; band: lowest "
+                "to highest "
+                f"seed. {_smoothing(points)}",
+            )
+        )
+    return shown, looks.keys(run.key.start for run in mine)
+
+
+def _smoothing(points: int) -> str:
+    window = figures.smoothing_window(points)
+    return f"Moving mean over {window} logged steps." if window > 1 else ""
+
+
+def _aligned(runs: Sequence[Run], label: str, look: Look) -> Curve:
+    steps = np.array(sorted({entry["step"] for run in runs for entry in run.log}), np.float64)
+    values = np.full((len(runs), len(steps)), np.nan)
+    for row, run in enumerate(runs):
+        places = np.searchsorted(steps, [entry["step"] for entry in run.log])
+        values[row, places] = _column(run.log, "loss")
+    return Curve(label, look, steps, values)
+
+
+def _last(line: Curve) -> float:
+    known = np.isfinite(line.values).any(axis=0)
+    return float(np.nanmean(line.values[:, known][:, -1])) if known.any() else float("nan")
+
+
+def _column(log: Sequence[dict[str, Any]], *keys: str) -> np.ndarray:
+    """(steps,) float64; NaN where a step did not log it."""
+    column = np.full(len(log), np.nan)
+    for i, entry in enumerate(log):
+        value: Any = entry
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if isinstance(value, int | float):
+            column[i] = value
+    column[~np.isfinite(column)] = np.nan
+    return column

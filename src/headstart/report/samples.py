@@ -1,0 +1,128 @@
+"""Proposals on sample photos, and the two histograms of SoCo's Figure 3."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from headstart.errors import DataError, ImageError
+from headstart.proposals.store import ProposalStore
+from headstart.report import figures, pictures, words
+from headstart.report.parts import Note, Pictures, Shown
+from headstart.report.runs import Run
+
+MAX_BOXES_DRAWN = 12  # an image
+MAX_IMAGES_COUNTED = 20_000  # for the histograms
+
+
+@dataclass
+class Proposals:
+    source: str
+    facts: str
+    gallery: list[pictures.Picture]
+    figures: list[Shown]
+    notes: list[Note]
+
+
+def proposals(runs: Sequence[Run], photos: Pictures, images: int) -> tuple[list[Proposals], list[Note]]:
+    """Every proposals file the pretraining runs used, once."""
+    sections: dict[Path, Proposals] = {}
+    notes = []
+    for run in runs:
+        if run.kind != "pretrain":
+            continue
+        file = _proposals_file(run)
+        folder = str(run.data.get("images") or "PHOTOS/")
+        if file is None:
+            out = shlex.quote(str(run.path / "proposals.parquet"))
+            notes.append(
+                Note(
+                    f"{run.name}: its proposals file is not there.",
+                    f"headstart propose {shlex.quote(folder)} --out {out}",
+                )
+            )
+        elif file.resolve() not in sections:
+            try:
+                name = f"boxes{len(sections)}"
+                sections[file.resolve()] = _proposals(file, Path(folder), photos, images, name)
+            except DataError as error:
+                notes.append(Note(f"{run.name}: {error}"))
+    return list(sections.values()), notes
+
+
+def _proposals_file(run: Run) -> Path | None:
+    named = run.config.get("data.proposals") or run.config.get("proposals") or run.data.get("proposals")
+    candidates = [run.path / "proposals.parquet"]
+    if isinstance(named, str):
+        candidates += [Path(named), run.path / named]
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _proposals(file: Path, folder: Path, photos: Pictures, images: int, name: str) -> Proposals:
+    store = ProposalStore.open(file)
+    counted = pictures.evenly_spaced(len(store), MAX_IMAGES_COUNTED)
+    counts = np.array([len(store.boxes(i)) for i in counted])
+    sizes = np.concatenate([_relative_size(store.boxes(i), *store.size(i)) for i in counted])
+    facts = f"{words.plural(len(store), 'image')}, {counts.mean():.1f} boxes an image on average"
+    if store.failures:
+        facts += f", {words.plural(len(store.failures), 'image')} left out as unusable"
+    section = Proposals(str(file), facts, [], [], [])
+
+    rng = np.random.default_rng(0)
+    for i in pictures.evenly_spaced(len(store), images):
+        width, _ = store.size(i)
+        boxes = np.array(store.boxes(i), np.float64)
+        try:
+            thumb = photos.get(folder / store.images[i], width)
+        except ImageError as error:
+            if not folder.is_dir():
+                section.notes.append(Note(f"No sample images: the folder {folder} is not there."))
+                break
+            section.notes.append(Note(f"Left out of the samples: {error}"))
+            continue
+        drawn = boxes
+        caption = words.plural(len(boxes), "box").replace("boxs", "boxes")
+        if len(boxes) > MAX_BOXES_DRAWN:
+            drawn = boxes[np.sort(rng.choice(len(boxes), MAX_BOXES_DRAWN, replace=False))]
+            caption = f"{MAX_BOXES_DRAWN} of {len(boxes)} boxes"
+        styles = [(pictures.CLASS_COLORS[k % len(pictures.CLASS_COLORS)], "") for k in range(len(drawn))]
+        section.gallery.append(
+            pictures.Picture(
+                thumb,
+                pictures.marks(thumb, drawn, styles, [""] * len(drawn)),
+                caption,
+                f"{store.images[i]} with {caption}",
+                crowded=False,
+            )
+        )
+    note = f" Of {words.plural(len(counted), 'image')}, evenly spaced." if len(counted) < len(store) else ""
+    top = max(int(np.quantile(counts, 0.995)), 1)
+    width = max(1, -(-(top + 1) // 40))
+    section.figures = [
+        Shown(
+            figures.histogram(
+                np.minimum(counts, top), np.arange(0, top + width + 1, width) - 0.5, f"{name}-counts",
+                f"Histogram of boxes an image; median {np.median(counts):.3g}.",
+                title="Boxes an image", xlabel="boxes", ylabel="images",
+            ),
+            "The last bar holds everything above it." + note,
+        ),
+        Shown(
+            figures.histogram(
+                sizes, np.linspace(0, 1, 41), f"{name}-sizes",
+                f"Histogram of relative box size; median {np.median(sizes):.3g}.",
+                title="Size of boxes", xlabel="√(box area) / √(image area)", ylabel="boxes",
+            ),
+            "As in Figure 3 of the SoCo paper." + note,
+        ),
+    ]  # fmt: skip
+    return section
+
+
+def _relative_size(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None)
+    return np.sqrt(sides.prod(axis=1) / (width * height))
