@@ -29,7 +29,7 @@ class ProposalEngine(Protocol):
 
 
 class ProposalSettings(BaseModel):
-    """How proposals are made. The defaults are SoCo's and ADePT's (SoCo section 3.2)."""
+    """How proposals are made. Segmentation and filter default to SoCo's (3.2, App. A) and ADePT's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,7 @@ class ProposalSettings(BaseModel):
         default=500.0,
         gt=0,
         description="Felzenszwalb's k for pixel values 0..255 (skimage's scale): larger gives larger "
-        "segments and fewer boxes.",
+        "segments and fewer boxes. Images of 100-200 px want about 100.",
     )
     sigma: float = Field(
         default=0.9, ge=0, description="Gaussian blur before the segmentation, standard deviation in px."
@@ -68,7 +68,8 @@ class ProposalSettings(BaseModel):
         default=0.3,
         ge=0,
         le=1,
-        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) >= this (W, H: image).",
+        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) >= this (W, H: image). "
+        "0.1 keeps small objects, too.",
     )
     size_max: float = Field(
         default=0.8,
