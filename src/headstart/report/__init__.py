@@ -29,7 +29,7 @@ def report(
     that makes it. The file loads nothing from elsewhere.
 
     Args:
-        runs: folders that ``pretrain`` and ``finetune`` made; runs that differ in their seed only form a group.
+        runs: folders that ``pretrain`` and ``finetune`` made; runs that differ in their seed form a group.
         out: the HTML file; replaced if it exists.
         images: photos shown with detections, and at most as many with proposals.
         threshold: detections with at least this score are drawn; where an image has none, its best one.

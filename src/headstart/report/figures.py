@@ -196,7 +196,7 @@ def ap_against_labels(series: Sequence[Series], name: str, alt: str, metric: str
 
 
 def seeds_strip(series: Sequence[Series], paired: Sequence[dict[int, float]], name: str, alt: str) -> str:
-    """One label budget: a row a way of starting, a mark a seed, a tick at the mean; lines join equal seeds."""
+    """One label budget: a row a way of starting, a mark a seed, a tick at the mean, lines join seeds."""
     n = len(series)
     with _figure(5.6, 0.7 + 0.5 * n) as (figure, axes):
         for seed in sorted({seed for values in paired for seed in values}):
@@ -327,7 +327,7 @@ def smooth_band(
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the defined values within ``window // 2`` places, fewer at the ends; NaN where there is none."""
+    """Mean of the defined values within ``window // 2`` places, fewer at the ends; NaN without any."""
     defined = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(defined, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(defined)])

@@ -107,7 +107,7 @@ def marks(
 def _label_place(
     box: tuple[float, float, float, float], label: str, thumb: Thumbnail, placed: Sequence[Mark]
 ) -> tuple[float, float]:
-    """Left end and baseline of a label: inside the picture, near its box, off the other labels if possible."""
+    """Left end and baseline of a label: inside the picture, near its box, off other labels if possible."""
     x1, y1, x2, y2 = (float(v) for v in box)
     longest = max(1.0, thumb.width - _text_width(label) - 2)
     candidates = [

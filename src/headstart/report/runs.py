@@ -283,8 +283,8 @@ def method_title(method: str) -> str:
 def start_names(starts: Sequence[Start]) -> dict[Start, str]:
     """How training began, in as few words as tell the ways of starting apart.
 
-    "SoCo", or "SoCo (600 steps)" when there is another SoCo; with the detector's settings in which they differ.
-    Starts which differ in the length of fine-tuning alone share a name.
+    "SoCo", or "SoCo (600 steps)" when there is another SoCo; with the detector's settings in which they
+    differ. Starts which differ in the length of fine-tuning alone share a name.
     """
     several_pretrainings = len({(s.method, s.pretrain_steps) for s in starts}) > len(
         {s.method for s in starts}
