@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from headstart import checkpoint, distributed
+from headstart import checkpoint, distributed, views
 from headstart.console import notes, progress
 from headstart.errors import ImageError, RunError, SettingsError, TrainingError
 from headstart.files import replacing
@@ -176,7 +176,7 @@ class _Stream(Dataset):
                 return self.load(place, np.random.default_rng([self.seed, 2, n])), unreadable
             except ImageError as error:
                 unreadable[self.name_of(place)] = str(error)
-        raise TrainingError("100 images in a row can't be read, for example " + next(iter(unreadable.values())))
+        return None, unreadable  # the main process says so: an error raised here would come with the worker's traceback
 
 
 class _Collate:
@@ -185,7 +185,8 @@ class _Collate:
 
     def __call__(self, samples: list[tuple[Any, dict[str, str]]]) -> tuple[Any, dict[str, str]]:
         unreadable = {name: reason for _, found in samples for name, reason in found.items()}
-        return self.collate([sample for sample, _ in samples]), unreadable
+        found = [sample for sample, _ in samples]
+        return None if any(sample is None for sample in found) else self.collate(found), unreadable
 
 
 class _Numbers:
@@ -207,11 +208,9 @@ class _Numbers:
                 yield list(range(start, start + size))
 
 
-def worker_init(_: int) -> None:
+def worker_init(worker: int) -> None:
     """One thread a worker: their number is what uses the cores."""
-    import cv2
-
-    cv2.setNumThreads(0)
+    views.worker_init(worker)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
 
@@ -230,6 +229,7 @@ def _loader(job: Job, settings: TrainSettings, numbers: _Numbers, device: torch.
         worker_init_fn=worker_init if workers else None,
         pin_memory=device.type == "cuda",
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # its own, or starting the loader would draw from the run's random state
     )
 
 
@@ -380,6 +380,8 @@ def fit(
             for part in range(parts):
                 batch, found_bad = next(batches)
                 unreadable |= found_bad
+                if batch is None:
+                    raise TrainingError(f"none of {len(found_bad)} images in a row can be read: {_some(found_bad)}")
                 last = part == parts - 1
                 waiting = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()
                 with waiting:
@@ -447,7 +449,7 @@ def _check_finite(
 ) -> None:
     if bool(torch.isfinite(total)):
         return
-    shown = ", ".join(f"{name} {float(value):.4g}" for name, value in terms.items())
+    shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
     saved = checkpoint.newest(run)
     kept = f"The last good checkpoint is {saved}" if saved else "No checkpoint had been written yet"
     raise TrainingError(
@@ -459,8 +461,11 @@ def _check_finite(
 
 def _check_unreadable(unreadable: Mapping[str, str], images: int, limit: float) -> None:
     if len(unreadable) > max(1, limit * images):
-        examples = "; ".join(list(unreadable.values())[:5])
         raise TrainingError(
             f"{len(unreadable)} of {images} images can't be read, more than {limit:.0%} "
-            f"(train.max_unreadable): {examples}"
+            f"(train.max_unreadable): {_some(unreadable)}"
         )
+
+
+def _some(unreadable: Mapping[str, str]) -> str:
+    return "; ".join(list(unreadable.values())[:5])

@@ -13,7 +13,7 @@ Where this file differs from the paper, or fills a gap:
 
 * V3 is V2 downsampled, as the paper says; the released code crops anew (``v3="independent_crop"``).
 * Only V1's boxes are jittered, as in the released code; the paper says "across views" (``jitter="all"``). The
-  released code draws four independent r a box and moves the corner; so do we.
+  released code draws four independent r a box; so do we. It moves the corner; we move the centre, as the paper does.
 * Without scale-aware assignment the paper does not say which level a box comes from; we use FPN's own rule.
 * Without a head (Table 4) the pooled features are averaged; without FPN they come from the last residual block.
 * A box that a crop cuts is kept and clipped; one that it leaves outside is dropped (for the padded sample of K,
