@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 
 # Verbs are imported when first used: `import headstart` stays free of torch.
 _VERBS = {
-    "propose": "headstart.propose",
+    "propose": "headstart.verbs.propose",
     "pretrain": "headstart.verbs.pretrain",
     "finetune": "headstart.verbs.finetune",
     "evaluate": "headstart.verbs.evaluate",
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from headstart.verbs.evaluate import evaluate
     from headstart.verbs.finetune import finetune
     from headstart.verbs.pretrain import pretrain
-    from headstart.propose import propose
+    from headstart.verbs.propose import propose
     from headstart.report import report
 
 

@@ -156,7 +156,7 @@ def propose(
     """
     from headstart.proposals import ProposalSettings
     from headstart.settings import merge, parse_assignments, validate
-    from headstart.propose import propose as run
+    from headstart.verbs.propose import propose as run
 
     explicit = {k: v for k, v in {"engine": engine, "seed": seed}.items() if v is not None}
     values = merge(explicit, parse_assignments(ProposalSettings, settings or []))

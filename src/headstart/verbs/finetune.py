@@ -74,7 +74,9 @@ class _Labelled:
 
     def __init__(self, samples: Sequence[tuple[Tensor, Target]]) -> None:
         self.images = [image for image, _ in samples]
-        self.targets = [target for _, target in samples]
+        self.targets = [
+            {k: v for k, v in target.items() if isinstance(v, Tensor)} for _, target in samples
+        ]  # without the image's id
 
     def to(self, device: torch.device) -> _Labelled:
         self.images = [image.to(device, non_blocking=True) for image in self.images]

@@ -26,7 +26,7 @@ from headstart.methods.method import Method, Net, ViewBatch, collate_views
 from headstart.optim import OptimSettings, settle_optim
 from headstart.proposals import ProposalSettings
 from headstart.proposals.store import ProposalStore
-from headstart.propose import propose
+from headstart.verbs.propose import propose
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import merge, parse_assignments, validate
 

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from headstart import propose as propose_module
+from headstart.verbs import propose as propose_module
 from headstart.boxes import iou
 from headstart.errors import DataError, RunError
 from headstart.proposals.store import ProposalStore
-from headstart.propose import ProposalSettings, propose
+from headstart.verbs.propose import ProposalSettings, propose
 
 SMALL = ProposalSettings(scale=100)
 N = 24
@@ -329,8 +329,8 @@ def test_an_engine_that_fails_on_one_image_is_a_failure_of_that_image(folder, tm
 
 SCRIPT = """
 import os, resource, shutil, signal, sys, time
-import headstart.propose as module
-from headstart.propose import ProposalSettings, propose
+import headstart.verbs.propose as module
+from headstart.verbs.propose import ProposalSettings, propose
 
 folder, out, log = sys.argv[1:4]
 options = dict(option.split("=") for option in sys.argv[4:])
