@@ -49,6 +49,9 @@ class RCNNSettings(DetectorSettings):
     anchor_px: list[int] = Field(
         [32, 64, 128, 256, 512], description="anchor sides, px; one a pyramid level, the last on the pooled level"
     )
+    rois_train: int = Field(512, ge=1, description="boxes an image the box head is trained on")
+    proposals_train: int = Field(2000, ge=1, description="boxes an image the RPN hands on in training")
+    proposals_test: int = Field(1000, ge=1, description="boxes an image the RPN hands on in evaluation")
     image_mean: list[float] = Field([0.485, 0.456, 0.406], description="RGB mean, in [0, 1]")
     image_std: list[float] = Field([0.229, 0.224, 0.225], description="RGB standard deviation, in [0, 1]")
 
@@ -203,6 +206,9 @@ def _common(settings: RCNNSettings) -> dict:
         "max_size": settings.long_side_px,
         "image_mean": settings.image_mean,
         "image_std": settings.image_std,
+        "box_batch_size_per_image": settings.rois_train,
+        "rpn_post_nms_top_n_train": settings.proposals_train,
+        "rpn_post_nms_top_n_test": settings.proposals_test,
     }
 
 
@@ -271,6 +277,10 @@ def _plain_code(s: RCNNSettings) -> str:
     classes = (s.num_classes or 90) + 1
     sizes = f"min_size={s.short_side_px}, max_size={s.long_side_px}"
     stats = f"image_mean={s.image_mean}, image_std={s.image_std}"
+    counts = (
+        f"box_batch_size_per_image={s.rois_train}, rpn_post_nms_top_n_train={s.proposals_train}, "
+        f"rpn_post_nms_top_n_test={s.proposals_test}"
+    )
     lines = [
         "from torch import nn",
         "from torchvision.models import get_model",
@@ -334,5 +344,5 @@ def _plain_code(s: RCNNSettings) -> str:
                 f'parts["mask_head"] = MaskRCNNHeads({c}, [{c}] * 4, 1, norm_layer={norm})',
                 f'parts["mask_predictor"] = MaskRCNNPredictor({c}, {c}, num_classes)',
             ]
-    lines.append(f"detector = {cls}(backbone, {sizes}, {stats}, **parts)")
+    lines += [f"detector = {cls}(", f"    backbone, {sizes},", f"    {stats},", f"    {counts},", "    **parts,", ")"]
     return "\n".join(lines) + "\n"
