@@ -205,6 +205,18 @@ def test_annotation_ids_do_not_matter() -> None:
     assert score(truth, detections) == expected
 
 
+def test_a_crowd_without_a_mask_is_its_box() -> None:
+    truth, detections = random_case(5)
+    with_boxes = copy.deepcopy(truth)
+    for plain, boxed in zip(truth["annotations"], with_boxes["annotations"], strict=True):
+        if plain["iscrowd"]:
+            x, y, w, h = plain["bbox"]
+            boxed["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            plain["segmentation"] = None
+    assert any(a["iscrowd"] for a in truth["annotations"])
+    assert score(truth, detections) == score(with_boxes, detections)
+
+
 def test_json_and_tables() -> None:
     truth, detections = random_case(2)
     scores = score(truth, detections)

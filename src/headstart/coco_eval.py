@@ -81,6 +81,8 @@ def score(
             and for "segm" a "segmentation" (compressed RLE).
         iou_types: "bbox", "segm", or both.
 
+    A crowd without a mask is taken as the region of its box.
+
     Raises:
         DataError: a detection of an unknown image or category, or with a score that is not finite; masks
             asked for where an annotation or a detection has none.
@@ -139,7 +141,9 @@ def _annotation(annotation: dict[str, Any], index: int, iou_type: str) -> dict[s
         "iscrowd": int(annotation.get("iscrowd", 0)),
     }
     if iou_type == "segm":
-        mine["segmentation"] = annotation["segmentation"]
+        # A crowd is a region in which nothing counts; without a mask that region is its box.
+        x, y, w, h = box
+        mine["segmentation"] = annotation.get("segmentation") or [[x, y, x + w, y, x + w, y + h, x, y + h]]
     return mine
 
 
@@ -174,7 +178,7 @@ def _check(
         return
     hint = 'so masks can\'t be scored. Score boxes only: iou_types=("bbox",).'
     for i, annotation in enumerate(ground_truth["annotations"]):
-        if not annotation.get("segmentation"):
+        if not annotation.get("segmentation") and not annotation.get("iscrowd"):
             raise DataError(f'annotation {i} (image {annotation["image_id"]}) has no "segmentation", {hint}')
     for i, detection in enumerate(detections):
         mask = detection.get("segmentation")

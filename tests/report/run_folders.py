@@ -117,7 +117,7 @@ def write_log(
             if watch:
                 done = step / steps
                 entry["watch"] = {
-                    "embedding_std": 0.02 + 0.035 * done + float(rng.normal(0, 0.002)),
+                    "embedding_std": 0.3 + 0.5 * done + float(rng.normal(0, 0.02)),
                     "level_share": [0.35 - 0.1 * done, 0.4, 0.2 + 0.05 * done, 0.05 + 0.05 * done],
                 }
             log.write(json.dumps(entry) + "\n")
@@ -150,9 +150,9 @@ def make_pretraining(folder: Path, photos: Path, steps: int = 600, proposals: bo
         "pretrain",
         folder.name,
         command=["headstart", "pretrain", "soco", str(photos), "--out", str(folder)],
-        config={"detector": DETECTOR, "method": {"name": "soco", "K": 4, "tau": 0.99}, "optim": {"lr": 0.03}},
+        method="soco",
+        config={"detector": DETECTOR, "method": {"K": 4, "tau": 0.99}, "optim": {"lr": 0.03}},
         data={"images": str(photos), "n_images": len(names), "fingerprint": "ab12"},
-        start={"from": "scratch", "method": "soco", "pretrain_steps": 0},
         summary={"steps": steps, "seconds": steps * 0.4},
     )
     (folder / "run.json").write_text(json.dumps(record))

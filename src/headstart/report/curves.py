@@ -74,12 +74,11 @@ def _pretraining(run: Run, name: str) -> Pretraining:
                     f"{name}-spread",
                     f"Spread of the embeddings against steps, last {deviation[known][-1]:.3g}.",
                     title="Spread of the embeddings",
-                    ylabel="standard deviation",
+                    ylabel="spread (1 is even)",
                     zero=True,
                 ),
-                "Standard deviation of the normalised embeddings. Falling to zero means collapse: every "
-                "object "
-                "gets the same embedding.",
+                "How far the normalised embeddings are apart: 1 when spread evenly, 0 when all are one. "
+                "Falling to zero is collapse: every box looks the same to the network.",
             )
         )
     shares = [entry.get("watch", {}).get("level_share") for entry in run.log]

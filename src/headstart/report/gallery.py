@@ -117,7 +117,7 @@ def _load_ground_truth(source: str, run: Run) -> DetectionData:
     try:
         return load_detection_data(source)
     except DataError as error:
-        folder = run.data.get("images")
+        folder = run.data.get("val_images") or run.data.get("images")
         if not isinstance(folder, str) or not Path(folder).is_dir():
             raise
         try:

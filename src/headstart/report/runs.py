@@ -106,9 +106,7 @@ class Run:
     def method(self) -> str:
         """What pretrained these weights ("scratch": nothing), or what this run pretrains with."""
         if self.kind == "pretrain":
-            chosen = _mapping(self.record.get("config")).get("method")
-            name = _mapping(chosen).get("name") if isinstance(chosen, dict) else chosen
-            return str(name or self.start.get("method") or "unknown method")
+            return str(self.record.get("method") or self.start.get("method") or "unknown method")
         return str(self.start.get("method") or "scratch")
 
     @property
@@ -135,7 +133,9 @@ class Run:
         if not command:
             return ""
         program, *arguments = (str(part) for part in command)
-        return shlex.join(["headstart" if Path(program).name == "headstart" else program, *arguments])
+        if Path(program).name in ("headstart", "__main__.py"):
+            return shlex.join(["headstart", *arguments])
+        return shlex.join([*(["python"] if program.endswith(".py") else []), program, *arguments])
 
     @property
     def resume_command(self) -> str:

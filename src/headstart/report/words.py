@@ -139,7 +139,8 @@ def labels_saved(groups: Sequence[Group], names: Mapping[Start, str]) -> list[st
 
 
 # Settings that say where something is or how fast it runs, not what is learned.
-_HARMLESS = {"seed", "out", "name", "resume", "device", "workers", "num_workers", "log_every", "save_every"}
+_HARMLESS = {"seed", "out", "name", "resume", "device", "workers", "num_workers", "log_every"}
+_HARMLESS |= {"checkpoint_every", "keep_checkpoints", "max_unreadable"}
 
 
 def doubts(groups: Sequence[Group], labels: Mapping[Start, str]) -> list[str]:
