@@ -216,6 +216,7 @@ def seeds_strip(series: Sequence[Series], paired: Sequence[dict[int, float]], na
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
         axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
         axes.set_xlabel("AP, %")
         return to_svg(figure, name, alt)
 

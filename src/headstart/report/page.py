@@ -265,7 +265,9 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[Setting]]]:
         mine = [run for run in runs if run.kind == kind]
         if not mine:
             continue
-        configs = [{**run.config, "seed": run.seed} for run in mine]
+        configs = [
+            run.config if "train.seed" in run.config else {**run.config, "seed": run.seed} for run in mine
+        ]
         rows = []
         for key in dict.fromkeys(key for config in configs for key in config):
             having: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from headstart.datasets.images import decode
 
 THUMBNAIL_PX = 256
 JPEG_QUALITY = 80
-TEXT_PX = 10.0  # of labels, in thumbnail pixels; report.css draws them at this size
+TEXT_PX = 10.0  # of labels, in units; report.css draws them at this size
 CLASS_COLORS = ("#56b4e9", "#e69f00", "#2fd3a2", "#f0e442", "#ff7f50", "#f2a7d6", "#7b9cff", "#ffffff")
 CLASS_DASHES = ("", "6 3", "2 2", "8 2 2 2")
 LABELS_UP_TO = (
@@ -25,18 +25,21 @@ LABELS_UP_TO = (
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A photo stored once in the page, shown wherever ``<use href="#key">`` stands."""
+    """A photo stored once in the page, shown wherever ``<use href="#key">`` stands.
+
+    It is drawn ``THUMBNAIL_PX`` units long whatever pixels it has, so that labels look alike on all photos.
+    """
 
     key: str
     uri: str
-    width: int
-    height: int
-    scale: float  # thumbnail pixels a pixel of the original
+    width: float  # units, as all that is drawn on it
+    height: float
+    scale: float  # units a pixel of the original
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A box in thumbnail pixels, as the template draws it."""
+    """A box in the units of its thumbnail, as the template draws it."""
 
     x: float
     y: float
@@ -70,7 +73,9 @@ def thumbnail(path: Path, key: str, width: int) -> Thumbnail:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Thumbnail(key, uri, image.width, image.height, image.width / width)
+    units = THUMBNAIL_PX / max(image.size)
+    drawn_width, drawn_height = round(units * image.width, 2), round(units * image.height, 2)
+    return Thumbnail(key, uri, drawn_width, drawn_height, drawn_width / width)
 
 
 def class_style(label: int) -> tuple[str, str]:
@@ -127,7 +132,7 @@ def _touch(place: tuple[float, float], label: str, other: Mark) -> bool:
 
 
 def _text_width(label: str) -> float:
-    """A rough guess, in thumbnail pixels: the page's font is not known here."""
+    """A rough guess, in units: the page's font is not known here."""
     return 0.62 * TEXT_PX * len(label)
 
 

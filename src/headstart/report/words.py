@@ -152,7 +152,7 @@ def doubts(groups: Sequence[Group], labels: Mapping[Start, str]) -> list[str]:
         ]
         if len(sources) > 1 and len(set(sources)) == 1:
             notes.append(
-                f"{labels[start]}: all {len(sources)} runs start from one pretrained checkpoint "
+                f"{labels[start]}: the {len(sources)} runs start from one pretrained checkpoint "
                 f"({sources[0]}), so "
                 "the spread shows the luck of fine-tuning, not of pretraining."
             )
