@@ -283,6 +283,13 @@ def test_a_run_given_twice_counts_once(study: list[Path], tmp_path: Path) -> Non
     assert "1 run " in Page(report(again, tmp_path / "r.html", images=0)).words()
 
 
+def test_the_verb_can_be_called_whatever_was_imported(study: list[Path], tmp_path: Path) -> None:
+    import headstart
+
+    for name in ("a.html", "b.html"):  # the second time, headstart.report is the package
+        assert headstart.report(study[1], tmp_path / name, images=0) == tmp_path / name
+
+
 # -- parts ------------------------------------------------------------------------------------------------
 
 
