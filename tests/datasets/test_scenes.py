@@ -202,3 +202,19 @@ def test_a_killed_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(images.list_images(tmp_path / "unlabelled")) == 1
     assert not (tmp_path / "val").exists()
     assert smaller.table().row_count == 3
+
+
+def test_most_objects_wear_their_classes_texture(monkeypatch: pytest.MonkeyPatch) -> None:
+    worn: list[object] = []
+    paint = scenes._paint
+
+    def recording(*arguments: object) -> None:
+        if len(arguments) > 3:  # an object; clutter names no pattern
+            worn.append(arguments[3])
+        paint(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(scenes, "_paint", recording)
+    labels = np.concatenate([scenes.draw_scene("train", i).labels for i in range(100)])
+    typical = [scenes._TEXTURES[scenes.CLASSES[k - 1]] is w for k, w in zip(labels, worn, strict=True)]
+    assert np.mean(typical) == pytest.approx(scenes.TYPICAL_TEXTURE, abs=0.07)
+    assert len(set(scenes._TEXTURES.values())) == len(scenes.CLASSES)

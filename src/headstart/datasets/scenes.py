@@ -1,9 +1,9 @@
 """Scenes: a generated detection data set for the demo and the tests, so that both run without a download.
 
-Six kinds of objects are told apart by their shape: colour, texture, size, angle and proportions say nothing
-about the class. They lie on textured backgrounds among clutter that has no label, overlap, and leave the
-image at its edges. Every object differs in colour from what is under it, so it is a segment that Selective
-Search can find; naming it takes more.
+Six kinds of objects are told apart by their shape, and by a texture that most objects of a class share;
+colour, size, angle and proportions say nothing about the class. They lie on textured backgrounds among
+clutter that has no label, overlap, and leave the image at its edges. Every object differs in colour from what
+is under it, so it is a segment that Selective Search can find; naming it takes more.
 
 Image ``i`` of a split depends on (seed, split, i) and the size alone: asking for more images leaves the first
 ones as they were.
@@ -33,6 +33,7 @@ SPLITS = ("unlabelled", "train", "val")  # the place in this tuple seeds the spl
 MIN_SIZE_PX = 48
 MIN_VISIBLE = 0.4
 OBJECT_SCALE = (0.12, 0.5)  # of the image's side
+TYPICAL_TEXTURE = 0.85  # share of the objects that wear their class's texture; the others wear any
 MARKER = "scenes.json"
 
 _OVERSAMPLING = 3
@@ -139,21 +140,24 @@ def draw_scene(split: str, index: int, *, size_px: int = 96, seed: int = 0) -> S
     """Image ``index`` of ``split``, before JPEG compression."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _background(rng, size_px)
-    for _ in range(rng.integers(3, 9)):
+    for _ in range(rng.integers(2, 7)):
         _paint(canvas, _clutter(rng, size_px), rng)
 
     labels: list[int] = []
     visible: list[np.ndarray] = []  # (S, S) float32 each, 0..1
     areas: list[float] = []  # of the whole shape, hidden parts and parts outside the image included
-    for _ in range(rng.integers(1, 7)):
+    for _ in range(rng.integers(1, 6)):
+        least = MIN_VISIBLE if rng.uniform() < 0.5 else 0.75  # half of them keep to themselves
         for _attempt in range(8):
             label = int(rng.integers(len(CLASSES)))
             shape = _object(rng, size_px, label)
             cover = _full(shape, size_px)
             after = [v * (1 - cover) for v in visible] + [cover]
             whole = areas + [float(shape.alpha.sum())]
-            if all(v.sum() >= MIN_VISIBLE * a for v, a in zip(after, whole, strict=True)):
-                _paint(canvas, shape, rng, min_distance=_MIN_COLOUR_DISTANCE)
+            if all(v.sum() >= least * a for v, a in zip(after, whole, strict=True)):
+                typical = rng.uniform() < TYPICAL_TEXTURE
+                pattern = _TEXTURES[CLASSES[label]] if typical else None
+                _paint(canvas, shape, rng, pattern, _MIN_COLOUR_DISTANCE)
                 labels, visible, areas = labels + [label + 1], after, whole
                 break
     for _ in range(rng.integers(0, 3)):  # and some clutter in front
@@ -244,11 +248,13 @@ class _Shape:
 
 
 def _object(rng: np.random.Generator, size_px: int, label: int) -> _Shape:
-    radius_px = rng.uniform(*OBJECT_SCALE) * size_px / 2
-    return _rasterise(_SHAPES[CLASSES[label]](rng), radius_px, rng, size_px, inside=0.04)
+    # Uniform in area: most objects are large enough to be proposals of the papers' filter, some are not.
+    low, high = OBJECT_SCALE
+    radius_px = np.sqrt(rng.uniform(low**2, high**2)) * size_px / 2
+    return _rasterise(_SHAPES[CLASSES[label]](rng), radius_px, rng, size_px, inside=0.12)
 
 
-def _clutter(rng: np.random.Generator, size_px: int, largest: float = 0.22) -> _Shape:
+def _clutter(rng: np.random.Generator, size_px: int, largest: float = 0.16) -> _Shape:
     radius_px = rng.uniform(0.04, largest) * size_px / 2 + 1
     return _rasterise(_CLUTTER[rng.integers(len(_CLUTTER))](rng), radius_px, rng, size_px, inside=-0.05)
 
@@ -298,7 +304,17 @@ def _full(shape: _Shape, size_px: int) -> np.ndarray:
 # ---- paint -----------------------------------------------------------------------------------------------
 
 
-def _paint(canvas: np.ndarray, shape: _Shape, rng: np.random.Generator, min_distance: float = 30.0) -> None:
+# (side of the patch in pixels, period in pixels, rng) -> (side, side) mixture 0..1 of two colours
+_Pattern = Callable[[int, float, np.random.Generator], np.ndarray]
+
+
+def _paint(
+    canvas: np.ndarray,
+    shape: _Shape,
+    rng: np.random.Generator,
+    pattern: _Pattern | None = None,
+    min_distance: float = 30.0,
+) -> None:
     """Draw a textured shape and its soft shadow onto ``canvas`` (S, S, 3) float32 RGB 0..255, in place."""
     on_image, on_patch = _windows(shape, canvas.shape[0])
     alpha = shape.alpha[on_patch][:, :, None]
@@ -308,7 +324,9 @@ def _paint(canvas: np.ndarray, shape: _Shape, rng: np.random.Generator, min_dist
     under = (canvas[on_image] * alpha).sum((0, 1)) / covered
     colours = _two_colours(under, min_distance, rng)
     period_px = rng.uniform(0.3, 0.8) * shape.radius_px + 2.5
-    mix = _PATTERNS[rng.integers(len(_PATTERNS))](shape.alpha.shape[0], period_px, rng)[on_patch][:, :, None]
+    if pattern is None:
+        pattern = list(_TEXTURES.values())[rng.integers(len(_TEXTURES))]
+    mix = pattern(shape.alpha.shape[0], period_px, rng)[on_patch][:, :, None]
     fill = colours[0] * (1 - mix) + colours[1] * mix
     fill *= 1 + rng.uniform(0, 0.25) * _ramp(shape.alpha.shape[0], rng)[on_patch][:, :, None]
 
@@ -389,7 +407,22 @@ def _plain(size: int, period_px: float, rng: np.random.Generator) -> np.ndarray:
     return np.clip(0.5 + 0.5 * _ramp(size, rng), 0, 1)
 
 
-_PATTERNS = (_stripes, _checks, _dots, _blotches, _plain)
+def _chevrons(size: int, period_px: float, rng: np.random.Generator) -> np.ndarray:
+    x, y = _grid(size)
+    if rng.uniform() < 0.5:
+        x, y = y, x
+    zigzag = np.abs((y / np.float32(1.5 * period_px) + np.float32(rng.uniform())) % 1 - 0.5) * 4
+    return _soft_step(np.sin(2 * np.pi * x / np.float32(period_px) + np.float32(np.pi / 2) * zigzag))
+
+
+_TEXTURES: dict[str, _Pattern] = {
+    "disc": _dots,
+    "square": _checks,
+    "triangle": _stripes,
+    "star": _plain,
+    "ring": _blotches,
+    "cross": _chevrons,
+}
 
 
 def _smooth_noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray:
@@ -404,7 +437,7 @@ def _smooth_noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray
 def _background(rng: np.random.Generator, size_px: int) -> np.ndarray:
     """(S, S, 3) float32: noise, a gradient, stripes or patches in muted colours, with some grain."""
     a, b = (_colour(rng, (0.05, 0.5), (0.15, 0.95)) for _ in range(2))
-    b = a + (b - a) * np.float32(rng.uniform(0.4, 0.9))
+    b = a + (b - a) * np.float32(rng.uniform(0.3, 0.7))
     kind = rng.integers(4)
     if kind == 0:
         octaves = [_smooth_noise(size_px, cells, rng) for cells in (3, 6, 12, 24)]
@@ -429,7 +462,7 @@ def _camera(canvas: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.uniform() < 0.5:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.3, 0.8))
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
-    return np.clip(np.round(canvas + rng.uniform(1, 7) * noise), 0, 255).astype(np.uint8)
+    return np.clip(np.round(canvas + rng.uniform(1, 5) * noise), 0, 255).astype(np.uint8)
 
 
 # ---- files -----------------------------------------------------------------------------------------------
