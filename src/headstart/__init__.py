@@ -22,7 +22,7 @@ _VERBS = {
     "pretrain": "headstart.verbs.pretrain",
     "finetune": "headstart.verbs.finetune",
     "evaluate": "headstart.verbs.evaluate",
-    "report": "headstart.report",
+    "report": "headstart.verbs.report",
 }
 
 __all__ = ["__version__", "evaluate", "finetune", "pretrain", "propose", "report"]
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from headstart.verbs.finetune import finetune
     from headstart.verbs.pretrain import pretrain
     from headstart.verbs.propose import propose
-    from headstart.report import report
+    from headstart.verbs.report import report
 
 
 def __getattr__(name: str) -> Any:

@@ -330,12 +330,15 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
-    images: Annotated[int, typer.Option("--images", help="Sample images in each gallery.")] = 12,
+    images: Annotated[int, typer.Option("--images", help="Photos shown with detections.")] = 12,
+    threshold: Annotated[
+        float, typer.Option("--threshold", help="Detections with at least this score are drawn.")
+    ] = 0.5,
 ) -> None:
     """One self-contained HTML page about runs: APs with spread, curves, detections beside ground truth."""
-    from headstart.report import report as write
+    from headstart.verbs.report import report as write
 
-    path = write(runs, out, images=images)
+    path = write(runs, out, images=images, threshold=threshold)
     notes.print(f"Written: {path}")
 
 

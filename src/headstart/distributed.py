@@ -106,24 +106,26 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
             return super().forward(input)
-        values = input.float()
+        values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         others = [d for d in range(values.dim()) if d != 1]
-        count = values.new_full((1,), values.numel() / values.shape[1])
-        # Two passes: the squares are taken about the global mean, which loses no digits to a large mean.
-        total = _SumOverProcesses.apply(torch.cat([values.sum(others), count]))
+        # Sums in double, as torch's own batch norm on CPU has them, and two passes: the squares are taken about the
+        # global mean, which loses no digits to a large mean.
+        count = torch.full((1,), values.numel() / values.shape[1], dtype=torch.float64, device=values.device)
+        total = _SumOverProcesses.apply(torch.cat([values.sum(others, dtype=torch.float64), count]))
         count = total[-1:].detach()
         mean = total[:-1] / count
         shape = [1, -1] + [1] * (values.dim() - 2)
-        centred = values - mean.view(shape)
-        variance = _SumOverProcesses.apply(centred.square().sum(others)) / count
+        centred = values - mean.to(values.dtype).view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(others, dtype=torch.float64)) / count
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
             momentum = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
             with torch.no_grad():
-                self.running_mean.lerp_(mean.detach(), momentum)
-                self.running_var.lerp_(variance.detach() * count / (count - 1), momentum)
-        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+                unbiased = variance.detach() * count / (count - 1)
+                self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        out = centred * torch.rsqrt(variance + self.eps).to(values.dtype).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)

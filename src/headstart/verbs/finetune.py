@@ -215,6 +215,8 @@ def finetune(
             "data": {
                 "train": str(train),
                 "val": None if val is None else str(val),
+                "train_images": None if train_images is None else str(train_images),
+                "val_images": None if val_images is None else str(val_images),
                 "n_images": len(chosen.images),
                 "fingerprint": fingerprint(
                     [r.file_name for r in chosen.images], [r.width * r.height for r in chosen.images]

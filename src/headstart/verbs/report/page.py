@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from headstart.console import short_time
-from headstart.report import figures, statistics, words
-from headstart.report.figures import Look, Series
-from headstart.report.gallery import Gallery, gallery
-from headstart.report.parts import Key, Looks, Note, Pictures, Shown
-from headstart.report.runs import Evaluation, Run, Start, method_title
-from headstart.report.statistics import Comparison, Group
+from headstart.verbs.report import figures, statistics, words
+from headstart.verbs.report.figures import Look, Series
+from headstart.verbs.report.gallery import Gallery, gallery
+from headstart.verbs.report.parts import Key, Looks, Note, Pictures, Shown
+from headstart.verbs.report.runs import Evaluation, Run, Start, method_title
+from headstart.verbs.report.statistics import Comparison, Group
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from headstart.console import short_time
-from headstart.report import figures, words
-from headstart.report.figures import Curve, Look
-from headstart.report.parts import Key, Looks, Note, Shown
-from headstart.report.runs import Run, method_title
+from headstart.verbs.report import figures, words
+from headstart.verbs.report.figures import Curve, Look
+from headstart.verbs.report.parts import Key, Looks, Note, Shown
+from headstart.verbs.report.runs import Run, method_title
 
 
 @dataclass

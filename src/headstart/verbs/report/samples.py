@@ -11,9 +11,9 @@ import numpy as np
 
 from headstart.errors import DataError, ImageError
 from headstart.proposals.store import ProposalStore
-from headstart.report import figures, pictures, words
-from headstart.report.parts import Note, Pictures, Shown
-from headstart.report.runs import Run
+from headstart.verbs.report import figures, pictures, words
+from headstart.verbs.report.parts import Note, Pictures, Shown
+from headstart.verbs.report.runs import Run
 
 MAX_BOXES_DRAWN = 12  # an image
 MAX_IMAGES_COUNTED = 20_000  # for the histograms

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from run_folders import make_study
 
-from headstart.report import report
+from headstart.verbs.report import report
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headstart.report.runs import Evaluation, GroupKey, Run
+from headstart.verbs.report.runs import Evaluation, GroupKey, Run
 
 LUCK = 0.10
 RULE = (

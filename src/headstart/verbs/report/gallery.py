@@ -13,10 +13,10 @@ import numpy as np
 from headstart.datasets.detection import DetectionData, load_detection_data
 from headstart.errors import DataError, ImageError
 from headstart.files import read_json
-from headstart.report import pictures, words
-from headstart.report.parts import Looks, Note, Pictures
-from headstart.report.runs import Run
-from headstart.report.statistics import Group
+from headstart.verbs.report import pictures, words
+from headstart.verbs.report.parts import Looks, Note, Pictures
+from headstart.verbs.report.runs import Run
+from headstart.verbs.report.statistics import Group
 
 
 @dataclass

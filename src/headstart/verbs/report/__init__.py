@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from headstart.errors import RunError
 from headstart.files import write_text
-from headstart.report import curves, page, samples
-from headstart.report.parts import Looks, Pictures
-from headstart.report.runs import read_runs
-from headstart.report.statistics import RULE
+from headstart.verbs.report import curves, page, samples
+from headstart.verbs.report.parts import Looks, Pictures
+from headstart.verbs.report.runs import read_runs
+from headstart.verbs.report.statistics import RULE
 
 
 def report(
@@ -82,13 +79,3 @@ def report(
     )
     write_text(out, html)
     return out
-
-
-class _Verb(ModuleType):
-    """Once imported, this package hides the function of its name in ``headstart``; so it can be called."""
-
-    def __call__(self, *args: Any, **settings: Any) -> Path:
-        return report(*args, **settings)
-
-
-sys.modules[__name__].__class__ = _Verb

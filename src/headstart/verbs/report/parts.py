@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headstart.report import pictures
-from headstart.report.figures import Look
-from headstart.report.runs import Run, Start, start_labels, start_names
+from headstart.verbs.report import pictures
+from headstart.verbs.report.figures import Look
+from headstart.verbs.report.runs import Run, Start, start_labels, start_names
 
 
 @dataclass(frozen=True)

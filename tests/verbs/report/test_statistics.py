@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.report import words
-from headstart.report.runs import Evaluation, GroupKey, Run, Start, start_labels, start_names
-from headstart.report.statistics import Group, compare, comparisons, group_runs, spread
+from headstart.verbs.report import words
+from headstart.verbs.report.runs import Evaluation, GroupKey, Run, Start, start_labels, start_names
+from headstart.verbs.report.statistics import Group, compare, comparisons, group_runs, spread
 
 DETECTOR = '{"name": "faster_rcnn"}'
 

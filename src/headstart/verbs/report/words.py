@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from headstart.report.runs import GroupKey, Run, Start
-from headstart.report.statistics import Comparison, Group, Spread, same_length, spread
+from headstart.verbs.report.runs import GroupKey, Run, Start
+from headstart.verbs.report.statistics import Comparison, Group, Spread, same_length, spread
 
 MINUS = "−"
 

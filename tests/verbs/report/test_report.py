@@ -16,7 +16,7 @@ from PIL import Image
 from run_folders import CLASSES, make_finetuning, make_ground_truth, make_pretraining, make_study
 
 from headstart.errors import RunError
-from headstart.report import figures, pictures, report
+from headstart.verbs.report import figures, pictures, report
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 

@@ -1,0 +1,108 @@
+"""The R-CNN family is torchvision's own: same names, same shapes, same numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.models import detection
+
+from headstart import detectors
+from headstart.detectors.rcnn import RCNNSettings
+from headstart.errors import SettingsError
+
+
+def shapes(module) -> dict:
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reference"),
+    [
+        ({"name": "mask_rcnn"}, "maskrcnn_resnet50_fpn_v2"),
+        ({"name": "faster_rcnn"}, "fasterrcnn_resnet50_fpn_v2"),
+        ({"name": "mask_rcnn", "head": "2fc"}, "maskrcnn_resnet50_fpn"),
+        ({"name": "faster_rcnn", "head": "2fc"}, "fasterrcnn_resnet50_fpn"),
+    ],
+)
+def test_defaults_are_torchvisions_models(settings, reference):
+    ours = detectors.build(RCNNSettings(num_classes=5, **settings)).module
+    theirs = getattr(detection, reference)(weights=None, weights_backbone=None, num_classes=6)
+    assert shapes(ours) == shapes(theirs)
+    theirs.load_state_dict(ours.state_dict())  # strict
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "faster_rcnn"},
+        {"name": "mask_rcnn"},
+        {"name": "faster_rcnn", "head": "2fc"},
+        {"name": "mask_rcnn", "neck": "c4"},
+        {"name": "faster_rcnn", "neck": "c4"},
+    ],
+)
+def test_plain_code_builds_the_same_detector(tiny, settings):
+    """The text in ``load_in_torchvision.py`` knows nothing of us and gives the same outputs."""
+    ours = detectors.build(RCNNSettings(num_classes=3, **{**tiny, **settings}))
+    code = ours.plain_code()
+    assert "headstart" not in code
+    scope: dict = {}
+    exec(code, scope)
+    theirs = scope["detector"]
+    theirs.load_state_dict(ours.module.state_dict())
+    images = [torch.rand(3, 50, 70), torch.rand(3, 80, 60)]
+    ours.eval()
+    theirs.eval()
+    with torch.no_grad():
+        for a, b in zip(ours.detect(images), theirs(images), strict=True):
+            assert a.keys() == b.keys()
+            for key in a:
+                torch.testing.assert_close(a[key], b[key])
+
+
+def test_uint8_and_float_images_are_the_same(tiny):
+    detector = detectors.build(RCNNSettings(num_classes=3, **tiny)).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        a, b = detector.features(images), detector.features(images.float() / 255)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=1e-5, rtol=1e-4)
+
+
+def test_features_are_what_the_detector_itself_computes(tiny):
+    detector = detectors.build(RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 64, "long_side_px": 64})).eval()
+    image = torch.rand(3, 64, 64)
+    with torch.no_grad():
+        prepared, _ = detector.module.transform([image])
+        theirs = detector.module.backbone(prepared.tensors)
+        ours = detector.features(image[None])
+    assert list(ours) == ["0", "1", "2", "3"]  # no P6
+    for name, map_ in ours.items():
+        torch.testing.assert_close(map_, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_any_torchvision_object_of_the_family_is_taken():
+    mobile = detection.fasterrcnn_mobilenet_v3_large_fpn(weights=None, weights_backbone=None, num_classes=3)
+    wrapped = detectors.wrap(mobile)
+    features = wrapped.features(torch.zeros(1, 3, 64, 64))
+    assert "pool" not in features
+    boxes = torch.tensor([[[0.0, 0, 30, 30], [5, 5, 60, 60]]])
+    assert wrapped.eval().embed(features, boxes, (64, 64)).shape == (2, wrapped.embed_width())
+    with pytest.raises(SettingsError, match="not a detector of a known family"):
+        detectors.wrap(torch.nn.Linear(1, 1))
+
+
+def test_unknown_names_say_what_is_known():
+    with pytest.raises(SettingsError, match="choose one of faster_rcnn, mask_rcnn"):
+        detectors.family("yolo")
+    with pytest.raises(SettingsError, match=r"--backbone resnet19.*resnet18"):
+        detectors.build(RCNNSettings(backbone="resnet19"))
+
+
+def test_every_parameter_belongs_to_one_part(tiny):
+    for settings in ({}, {"name": "mask_rcnn"}, {"neck": "c4"}):
+        detector = detectors.build(RCNNSettings(**{**tiny, **settings}))
+        prefixes = list(detector.prefixes.values())
+        for name, _ in detector.module.named_parameters():
+            assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
+        assert sum(len(detector.part_state([part])) for part in detector.parts) == len(detector.module.state_dict())
