@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torchvision.models import detection
+from torchvision.ops import roi_align
 
 from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
@@ -70,7 +73,9 @@ def test_uint8_and_float_images_are_the_same(tiny):
 
 
 def test_features_are_what_the_detector_itself_computes(tiny):
-    detector = detectors.build(RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 64, "long_side_px": 64})).eval()
+    detector = detectors.build(
+        RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 64, "long_side_px": 64})
+    ).eval()
     image = torch.rand(3, 64, 64)
     with torch.no_grad():
         prepared, _ = detector.module.transform([image])
@@ -79,6 +84,32 @@ def test_features_are_what_the_detector_itself_computes(tiny):
     assert list(ours) == ["0", "1", "2", "3"]  # no P6
     for name, map_ in ours.items():
         torch.testing.assert_close(map_, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("chosen", [[1, 1, 3], [0, 2, 2], [2, 2, 2], [3, 3, 3]])
+def test_levels_without_boxes_get_the_gradient_they_always_had(tiny, chosen, layout):
+    """``embed`` leaves them out; torchvision's way, pooling no boxes from them, gives zeros at full price."""
+    ours = detectors.build(RCNNSettings(**tiny)).to(memory_format=layout)
+    theirs = copy.deepcopy(ours)
+    images = torch.rand(1, 3, 64, 64).to(memory_format=layout)
+    boxes = torch.tensor([[[0.0, 0, 30, 30], [5, 5, 60, 60], [8, 0, 20, 50]]])
+    levels = torch.tensor([chosen])
+    ours.embed(ours.features(images), boxes, (64, 64), levels).square().sum().backward()
+
+    pooled = torch.zeros(3, 8, 7, 7)
+    for level, map_ in enumerate(theirs.features(images).values()):
+        mine = levels[0] == level
+        rois = torch.cat([torch.zeros(int(mine.sum()), 1), boxes[0, mine]], dim=1)
+        of_level = roi_align(map_, rois, 7, 1 / (4 * 2**level), 2, aligned=True)
+        pooled = pooled.index_put((mine,), of_level)
+    theirs.module.roi_heads.box_head(pooled).square().sum().backward()
+
+    for part in ("backbone", "neck", "head"):
+        pairs = zip(ours.parts[part].named_parameters(), theirs.parts[part].parameters(), strict=True)
+        for (name, a), b in pairs:
+            assert a.grad is not None, f"{part} {name}"
+            torch.testing.assert_close(a.grad, torch.zeros_like(a) if b.grad is None else b.grad, msg=name)
 
 
 def test_any_torchvision_object_of_the_family_is_taken():
@@ -105,4 +136,6 @@ def test_every_parameter_belongs_to_one_part(tiny):
         prefixes = list(detector.prefixes.values())
         for name, _ in detector.module.named_parameters():
             assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
-        assert sum(len(detector.part_state([part])) for part in detector.parts) == len(detector.module.state_dict())
+        assert sum(len(detector.part_state([part])) for part in detector.parts) == len(
+            detector.module.state_dict()
+        )

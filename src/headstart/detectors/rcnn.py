@@ -47,7 +47,8 @@ class RCNNSettings(DetectorSettings):
     )
     long_side_px: int = Field(1333, description="and to at most this long side, px")
     anchor_px: list[int] = Field(
-        [32, 64, 128, 256, 512], description="anchor sides, px; one a pyramid level, the last on the pooled level"
+        [32, 64, 128, 256, 512],
+        description="anchor sides, px; one a pyramid level, the last on the pooled level",
     )
     rois_train: int = Field(512, ge=1, description="boxes an image the box head is trained on")
     proposals_train: int = Field(2000, ge=1, description="boxes an image the RPN hands on in training")
@@ -155,15 +156,34 @@ class RCNN(Detector):
             if levels is None:
                 levels = fpn_levels(boxes)
             levels = levels.reshape(-1).clamp(max=len(maps) - 1)
-            # Every level is pooled from, also by no box at all: its layers then stay in the graph with a zero
-            # gradient, so that processes that saw different boxes still agree on the parameters to reduce.
-            order, pieces = [], []
-            for level, (map_, scale) in enumerate(zip(maps, scales, strict=True)):
-                mine = (levels == level).nonzero().squeeze(1)
-                order.append(mine)
-                pieces.append(roi_align(map_, rois[mine], pooled_px, scale, ratio, aligned=True))
-            pooled = torch.cat(pieces)[torch.cat(order).argsort()]
+            order = levels.argsort(stable=True)
+            counts = (levels[:, None] == torch.arange(len(maps), device=levels.device)).sum(dim=0).tolist()
+            # A level without boxes is left out: the way back through it costs as much as through any other.
+            used = [level for level, n in enumerate(counts) if n or not self._has_fpn or not len(rois)]
+            pieces = rois[order].split(counts)
+            pooled = torch.cat(
+                [roi_align(maps[i], pieces[i], pooled_px, scales[i], ratio, aligned=True) for i in used]
+            )
+            pooled = pooled[order.argsort()]
+            if torch.is_grad_enabled() and len(used) < len(maps):
+                pooled = pooled + self._nothing_from_levels_but(used)
         return self.module.roi_heads.box_head(pooled) if head else pooled.mean(dim=(2, 3))
+
+    @property
+    def _has_fpn(self) -> bool:
+        return isinstance(self.module.backbone, BackboneWithFPN)
+
+    def _nothing_from_levels_but(self, used: Sequence[int]) -> Tensor:
+        """Zero, with the layers that only lead to other levels in its graph.
+
+        Their gradient is then zero instead of absent, as it is when another process did see boxes there: all
+        must agree on the parameters whose gradients they reduce.
+        """
+        fpn = self.module.backbone.fpn
+        idle = [block for level, block in enumerate(fpn.layer_blocks) if level not in used]
+        idle += fpn.inner_blocks[: min(used)]  # finer ones feed no level that is used
+        one_each = [p[(0,) * p.ndim] for block in idle for p in block.parameters()]
+        return 0 * torch.stack(one_each).sum()
 
     def embed_width(self, neck: bool = True, head: bool = True) -> int:
         training = self.module.training
@@ -344,5 +364,12 @@ def _plain_code(s: RCNNSettings) -> str:
                 f'parts["mask_head"] = MaskRCNNHeads({c}, [{c}] * 4, 1, norm_layer={norm})',
                 f'parts["mask_predictor"] = MaskRCNNPredictor({c}, {c}, num_classes)',
             ]
-    lines += [f"detector = {cls}(", f"    backbone, {sizes},", f"    {stats},", f"    {counts},", "    **parts,", ")"]
+    lines += [
+        f"detector = {cls}(",
+        f"    backbone, {sizes},",
+        f"    {stats},",
+        f"    {counts},",
+        "    **parts,",
+        ")",
+    ]
     return "\n".join(lines) + "\n"
