@@ -47,6 +47,29 @@ def test_vectors_have_no_decay_and_frozen_parameters_no_place(name):
     assert by_decay == {0.01: [2], 0.0: [1, 1, 1]}
 
 
+@pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_fused_updates_are_the_plain_ones_in_either_memory_layout(name, plain, layout):
+    """Fused kernels walk through memory: a gradient laid out otherwise than its parameter would go astray."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * 36, 2))
+    ours = ours.to(memory_format=layout)
+    theirs = copy.deepcopy(ours)
+    settings = OptimSettings(optimizer=name, lr=0.01, weight_decay=0.1, decay_1d=True)
+    momentum = {"momentum": 0.9} if name == "sgd" else {}
+    reference = plain(theirs.parameters(), lr=0.01, weight_decay=0.1, foreach=False, **momentum)
+    optimizer = build_optimizer([ours], settings)
+    for _ in range(4):
+        images = torch.randn(2, 3, 8, 8)
+        for net, used in ((ours, optimizer), (theirs, reference)):
+            used.zero_grad()
+            for batch in (images.to(memory_format=layout), images):  # parts of a step, in both layouts
+                net(batch).square().mean().backward()
+            used.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_warmup_then_cosine():
     s = OptimSettings(optimizer="sgd", lr=2.0, warmup_steps=10, warmup_from=0.0, schedule="cosine")
     rates = [learning_rate(k, 110, s) for k in range(110)]
