@@ -27,6 +27,7 @@ from torchvision.models.resnet import ResNet
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from typing_extensions import Self
 
+from headstart import distributed
 from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
 from headstart.errors import SettingsError
 
@@ -40,6 +41,9 @@ class RCNNSettings(DetectorSettings):
     head: Literal["4conv1fc", "2fc"] = Field(
         "4conv1fc",
         description="box head: 4conv1fc (torchvision's v2 models, SoCo) or 2fc (torchvision's first models)",
+    )
+    fpn_norm: Literal["bn", "none"] | None = Field(
+        None, description="batch norm after the FPN's convolutions; unset: bn with 4conv1fc, none with 2fc"
     )
     head_width: int = Field(1024, ge=1, description="width of the box head's fully connected layers")
     short_side_px: int | list[int] = Field(
@@ -157,10 +161,13 @@ class RCNN(Detector):
                 levels = fpn_levels(boxes)
             levels = levels.reshape(-1).clamp(max=len(maps) - 1)
             order = levels.argsort(stable=True)
-            counts = (levels[:, None] == torch.arange(len(maps), device=levels.device)).sum(dim=0).tolist()
+            counts = (levels[:, None] == torch.arange(len(maps), device=levels.device)).sum(dim=0).float()
             # A level without boxes is left out: the way back through it costs as much as through any other.
-            used = [level for level, n in enumerate(counts) if n or not self._has_fpn or not len(rois)]
-            pieces = rois[order].split(counts)
+            # Batch norms over all processes meet on that way too, so all have to leave out the same levels.
+            anywhere = distributed.mean(counts) if torch.is_grad_enabled() else counts
+            here, there = torch.stack([counts, anywhere]).tolist()  # the only wait for the device
+            used = [level for level, n in enumerate(there) if n or not self._has_fpn or not any(there)]
+            pieces = rois[order].split([int(n) for n in here])
             pooled = torch.cat(
                 [roi_align(maps[i], pieces[i], pooled_px, scales[i], ratio, aligned=True) for i in used]
             )
@@ -176,8 +183,8 @@ class RCNN(Detector):
     def _nothing_from_levels_but(self, used: Sequence[int]) -> Tensor:
         """Zero, with the layers that only lead to other levels in its graph.
 
-        Their gradient is then zero instead of absent, as it is when another process did see boxes there: all
-        must agree on the parameters whose gradients they reduce.
+        Their gradient is then zero instead of absent, which DistributedDataParallel would not forgive, and
+        with which optimisers would not move the parameter at all.
         """
         fpn = self.module.backbone.fpn
         idle = [block for level, block in enumerate(fpn.layer_blocks) if level not in used]
@@ -220,6 +227,12 @@ def _resnet(settings: RCNNSettings) -> ResNet:
     return torchvision.models.get_model(settings.backbone, weights=None)
 
 
+def _fpn_has_norm(settings: RCNNSettings) -> bool:
+    if settings.fpn_norm is None:
+        return settings.head == "4conv1fc"
+    return settings.fpn_norm == "bn"
+
+
 def _common(settings: RCNNSettings) -> dict:
     return {
         "min_size": settings.short_side_px,
@@ -235,11 +248,12 @@ def _common(settings: RCNNSettings) -> dict:
 def _fpn(settings: RCNNSettings) -> FasterRCNN:
     v2 = settings.head == "4conv1fc"
     norm = nn.BatchNorm2d if v2 else None
+    fpn_norm = nn.BatchNorm2d if _fpn_has_norm(settings) else None
     resnet = _resnet(settings)
     widths = [resnet.inplanes // 8 * 2**stage for stage in range(4)]
     layers = {f"layer{stage + 1}": str(stage) for stage in range(4)}
     channels = settings.fpn_channels
-    backbone = BackboneWithFPN(resnet, layers, widths, channels, norm_layer=norm)
+    backbone = BackboneWithFPN(resnet, layers, widths, channels, norm_layer=fpn_norm)
     anchors = AnchorGenerator(
         tuple((side,) for side in settings.anchor_px), ((0.5, 1.0, 2.0),) * len(settings.anchor_px)
     )
@@ -339,6 +353,7 @@ def _plain_code(s: RCNNSettings) -> str:
     else:
         v2 = s.head == "4conv1fc"
         norm = "nn.BatchNorm2d" if v2 else "None"
+        fpn_norm = "nn.BatchNorm2d" if _fpn_has_norm(s) else "None"
         c, w = s.fpn_channels, s.head_width
         anchors = tuple((side,) for side in s.anchor_px)
         box_head = (
@@ -350,7 +365,7 @@ def _plain_code(s: RCNNSettings) -> str:
             "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
             'layers = {f"layer{i + 1}": str(i) for i in range(4)}',
             "widths = [width // 8 * 2**i for i in range(4)]",
-            f"backbone = BackboneWithFPN(resnet, layers, widths, {c}, norm_layer={norm})",
+            f"backbone = BackboneWithFPN(resnet, layers, widths, {c}, norm_layer={fpn_norm})",
             f"anchors = AnchorGenerator({anchors}, ((0.5, 1.0, 2.0),) * {len(anchors)})",
             "parts = dict(",
             "    rpn_anchor_generator=anchors,",
