@@ -8,7 +8,11 @@ from headstart.errors import RunError
 from headstart.files import read_json
 from headstart.runs import Run, fingerprint, read_record
 
-RECORD = {"kind": "pretrain", "config": {"train": {"batch_size": 8, "workers": 1}}, "data": {"fingerprint": "a"}}
+RECORD = {
+    "kind": "pretrain",
+    "config": {"train": {"batch_size": 8, "workers": 1}},
+    "data": {"fingerprint": "a"},
+}
 
 
 def changed(**keys) -> dict:

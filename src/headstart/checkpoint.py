@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, resumed exactly, read without executing anything.
 
-    step_000500/model.safetensors    parameters and buffers of everything that trains
-    step_000500/state.pt             optimiser, random states, counters (torch.load with weights_only=True)
-    latest                           the name of the newest complete one
+step_000500/model.safetensors    parameters and buffers of everything that trains
+step_000500/state.pt             optimiser, random states, counters (torch.load with weights_only=True)
+latest                           the name of the newest complete one
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -35,28 +35,33 @@ app = typer.Typer(
 )
 
 # Options that mean the same everywhere are written once, here.
-Images = Annotated[Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")]
-Out = Annotated[Optional[Path], typer.Option("--out", help="Where the result goes.", show_default=False)]
+Images = Annotated[
+    Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.", show_default=False)]
 Recipe = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--recipe", help="Name or YAML file of a recipe: its numbers become the defaults."),
 ]
-Epochs = Annotated[Optional[float], typer.Option("--epochs", help="Length, in passes over the images.")]
+Epochs = Annotated[float | None, typer.Option("--epochs", help="Length, in passes over the images.")]
 MaxSteps = Annotated[
-    Optional[int], typer.Option("--max-steps", help="Length, in steps of the optimiser; wins over --epochs.")
+    int | None, typer.Option("--max-steps", help="Length, in steps of the optimiser; wins over --epochs.")
 ]
 BatchSize = Annotated[
-    Optional[int], typer.Option("--batch-size", help="Images a step, over all processes.  [default: for the device]")
+    int | None,
+    typer.Option("--batch-size", help="Images a step, over all processes.  [default: for the device]"),
 ]
-Seed = Annotated[Optional[int], typer.Option("--seed", help="Seed of everything random.  [default: 0]")]
-Device = Annotated[Optional[str], typer.Option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.  [default: 0]")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")]
 Set = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False),
+    list[str] | None,
+    typer.Option(
+        "--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Backbone = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--backbone", help="torchvision backbone, for example resnet18.  [default: resnet50]"),
 ]
 
@@ -74,7 +79,9 @@ def settings_table(model: Any, title: str) -> Table:
             table.add_section()
             group = section
         default = field.get_default(call_default_factory=True)
-        table.add_row(f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or "")
+        table.add_row(
+            f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or ""
+        )
     return table
 
 
@@ -84,7 +91,9 @@ class _WithSettings(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         results.print(settings_table(self.settings_type(), f"Settings of {self.name}, and their defaults"))
-        results.print("Set them with [bold]--set KEY=VALUE[/bold]; the last part of a key is enough where it is the only one.")
+        results.print(
+            "Set them with [bold]--set KEY=VALUE[/bold]; the last part of a key is enough where it is the only one."
+        )
 
     def settings_type(self) -> Any:
         raise NotImplementedError
@@ -141,12 +150,12 @@ def scenes(
 def propose(
     images: Images,
     out: Annotated[
-        Optional[Path], typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
+        Path | None, typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
     ] = None,
     engine: Annotated[
-        Optional[str], typer.Option("--engine", help="What finds the boxes.  [default: opencv]")
+        str | None, typer.Option("--engine", help="What finds the boxes.  [default: opencv]")
     ] = None,
-    workers: Annotated[Optional[int], typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
     seed: Seed = None,
     settings: Set = None,
 ) -> None:
@@ -174,21 +183,25 @@ class _Methods(TyperGroup):
         if cmd_name not in METHODS:
             return None
         one = typer.Typer(rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False)
-        one.command(
-            cmd_name, cls=_Pretrain, help=SUMMARIES[cmd_name], context_settings=CONTEXT
-        )(_pretrain_with(cmd_name))
+        one.command(cmd_name, cls=_Pretrain, help=SUMMARIES[cmd_name], context_settings=CONTEXT)(
+            _pretrain_with(cmd_name)
+        )
         return typer.main.get_command(one)
 
 
 def _pretrain_with(method: str) -> Any:
     def command(
         images: Images,
-        detector: Annotated[str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")] = "faster_rcnn",
+        detector: Annotated[
+            str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")
+        ] = "faster_rcnn",
         backbone: Backbone = None,
         out: Out = None,
         proposals: Annotated[
-            Optional[Path],
-            typer.Option("--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"),
+            Path | None,
+            typer.Option(
+                "--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"
+            ),
         ] = None,
         recipe: Recipe = None,
         epochs: Epochs = None,
@@ -250,8 +263,10 @@ def finetune(
             metavar="START",
         ),
     ],
-    train: Annotated[Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")],
-    val: Annotated[Optional[Path], typer.Option("--val", help="Labels to evaluate on at the end.")] = None,
+    train: Annotated[
+        Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")
+    ],
+    val: Annotated[Path | None, typer.Option("--val", help="Labels to evaluate on at the end.")] = None,
     labels: Annotated[
         str,
         typer.Option(
@@ -259,12 +274,14 @@ def finetune(
         ),
     ] = "all",
     detector: Annotated[
-        Optional[str], typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: as START]")
+        str | None, typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: as START]")
     ] = None,
     backbone: Backbone = None,
     out: Out = None,
-    train_images: Annotated[Optional[Path], typer.Option("--train-images", help="Folder of --train's images.")] = None,
-    val_images: Annotated[Optional[Path], typer.Option("--val-images", help="Folder of --val's images.")] = None,
+    train_images: Annotated[
+        Path | None, typer.Option("--train-images", help="Folder of --train's images.")
+    ] = None,
+    val_images: Annotated[Path | None, typer.Option("--val-images", help="Folder of --val's images.")] = None,
     recipe: Recipe = None,
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
@@ -309,10 +326,12 @@ def finetune(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Fine-tuned run folder.", metavar="RUN")],
-    data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
-    images: Annotated[Optional[Path], typer.Option("--images", help="Folder of the images.")] = None,
+    data: Annotated[
+        Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")
+    ],
+    images: Annotated[Path | None, typer.Option("--images", help="Folder of the images.")] = None,
     out: Annotated[
-        Optional[Path], typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")
+        Path | None, typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",

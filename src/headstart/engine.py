@@ -40,10 +40,14 @@ class TrainSettings(Settings):
     epochs: float | None = Field(None, gt=0, description="passes over the images; unset: see max_steps")
     max_steps: int | None = Field(None, ge=1, description="steps of the optimiser; wins over epochs")
     batch_size: int | None = Field(
-        None, ge=1, description="images a step, over all processes and accumulated parts; unset: chosen, printed"
+        None,
+        ge=1,
+        description="images a step, over all processes and accumulated parts; unset: chosen, printed",
     )
     accumulate: int = Field(
-        1, ge=1, description="parts a step's batch is computed in, to save memory; batch norm sees one part at a time"
+        1,
+        ge=1,
+        description="parts a step's batch is computed in, to save memory; batch norm sees one part at a time",
     )
     seed: int = Field(0, ge=0, description="seed of everything random")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:1")
@@ -176,7 +180,10 @@ class _Stream(Dataset):
                 return self.load(place, np.random.default_rng([self.seed, 2, n])), unreadable
             except ImageError as error:
                 unreadable[self.name_of(place)] = str(error)
-        return None, unreadable  # the main process says so: an error raised here would come with the worker's traceback
+        return (
+            None,
+            unreadable,
+        )  # the main process says so: an error raised here would come with the worker's traceback
 
 
 class _Collate:
@@ -381,7 +388,9 @@ def fit(
                 batch, found_bad = next(batches)
                 unreadable |= found_bad
                 if batch is None:
-                    raise TrainingError(f"none of {len(found_bad)} images in a row can be read: {_some(found_bad)}")
+                    raise TrainingError(
+                        f"none of {len(found_bad)} images in a row can be read: {_some(found_bad)}"
+                    )
                 last = part == parts - 1
                 waiting = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()
                 with waiting:
@@ -444,9 +453,7 @@ def _line(entry: Mapping[str, Any]) -> str:
     return f"loss {entry['loss']:.4f}{inside}  {entry['images_per_s']:.1f} img/s"
 
 
-def _check_finite(
-    total: Tensor, terms: Mapping[str, Tensor], step: int, run: Path, rate: float
-) -> None:
+def _check_finite(total: Tensor, terms: Mapping[str, Tensor], step: int, run: Path, rate: float) -> None:
     if bool(torch.isfinite(total)):
         return
     shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())

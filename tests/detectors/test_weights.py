@@ -67,7 +67,11 @@ def test_damaged_missing_and_empty_files(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{")
     (tmp_path / "b.pth").write_bytes(b"not a zip")
     torch.save({"epoch": 3}, tmp_path / "c.pth")
-    for name, message in [("a.safetensors", "not a readable safetensors"), ("b.pth", "weights"), ("c.pth", "no tensors")]:
+    for name, message in [
+        ("a.safetensors", "not a readable safetensors"),
+        ("b.pth", "weights"),
+        ("c.pth", "no tensors"),
+    ]:
         with pytest.raises(WeightsError, match=message) as error:
             read_state(tmp_path / name)
         assert name in str(error.value)

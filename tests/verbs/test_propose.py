@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from headstart.verbs import propose as propose_module
 from headstart.boxes import iou
 from headstart.errors import DataError, RunError
 from headstart.proposals.store import ProposalStore
+from headstart.verbs import propose as propose_module
 from headstart.verbs.propose import ProposalSettings, propose
 
 SMALL = ProposalSettings(scale=100)

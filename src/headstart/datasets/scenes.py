@@ -1,7 +1,7 @@
 """Scenes: a generated detection data set for the demo and the tests, so that both run without a download.
 
-Six kinds of objects are told apart by their shape, and by a texture that most objects of a class share;
-colour, size, angle and proportions say nothing about the class. They lie on textured backgrounds among
+Six kinds of objects are told apart by their shape, and by a texture and a family of colours that most objects of
+a class share, though neighbouring families overlap; size, angle and proportions say nothing about the class. They lie on textured backgrounds among
 clutter that has no label, overlap, and leave the image at its edges. Every object differs in colour from what
 is under it, so it is a segment that Selective Search can find; naming it takes more.
 
@@ -32,8 +32,10 @@ CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS = ("unlabelled", "train", "val")  # the place in this tuple seeds the split: append only
 MIN_SIZE_PX = 48
 MIN_VISIBLE = 0.4
-OBJECT_SCALE = (0.12, 0.5)  # of the image's side
+OBJECT_SCALE = (0.18, 0.5)  # of the image's side
 TYPICAL_TEXTURE = 0.85  # share of the objects that wear their class's texture; the others wear any
+TYPICAL_COLOUR = 0.85  # share of the objects whose colour is of their class's family; the others have any
+HUE_SPREAD = 0.06  # standard deviation of a family's hue, of a full turn; families are 1/6 apart
 MARKER = "scenes.json"
 
 _OVERSAMPLING = 3
@@ -157,7 +159,9 @@ def draw_scene(split: str, index: int, *, size_px: int = 96, seed: int = 0) -> S
             if all(v.sum() >= least * a for v, a in zip(after, whole, strict=True)):
                 typical = rng.uniform() < TYPICAL_TEXTURE
                 pattern = _TEXTURES[CLASSES[label]] if typical else None
-                _paint(canvas, shape, rng, pattern, _MIN_COLOUR_DISTANCE)
+                own_colour = rng.uniform() < TYPICAL_COLOUR
+                hue = label / len(CLASSES) if own_colour else None
+                _paint(canvas, shape, rng, pattern, _MIN_COLOUR_DISTANCE, hue)
                 labels, visible, areas = labels + [label + 1], after, whole
                 break
     for _ in range(rng.integers(0, 3)):  # and some clutter in front
@@ -314,6 +318,7 @@ def _paint(
     rng: np.random.Generator,
     pattern: _Pattern | None = None,
     min_distance: float = 30.0,
+    hue: float | None = None,
 ) -> None:
     """Draw a textured shape and its soft shadow onto ``canvas`` (S, S, 3) float32 RGB 0..255, in place."""
     on_image, on_patch = _windows(shape, canvas.shape[0])
@@ -322,7 +327,7 @@ def _paint(
     if covered < 1:
         return
     under = (canvas[on_image] * alpha).sum((0, 1)) / covered
-    colours = _two_colours(under, min_distance, rng)
+    colours = _two_colours(under, min_distance, hue, rng)
     period_px = rng.uniform(0.3, 0.8) * shape.radius_px + 2.5
     if pattern is None:
         pattern = list(_TEXTURES.values())[rng.integers(len(_TEXTURES))]
@@ -339,15 +344,22 @@ def _paint(
 
 
 def _colour(
-    rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]
+    rng: np.random.Generator,
+    saturation: tuple[float, float],
+    value: tuple[float, float],
+    family: float | None = None,
 ) -> np.ndarray:
-    hsv = rng.uniform(), rng.uniform(*saturation), rng.uniform(*value)
+    """A colour of any hue, or of a ``family``: hues, in turns, around that one."""
+    hue = rng.uniform() if family is None else rng.normal(family, HUE_SPREAD) % 1
+    hsv = hue, rng.uniform(*saturation), rng.uniform(*value)
     return np.array(colorsys.hsv_to_rgb(*hsv), np.float32) * 255
 
 
-def _two_colours(under: np.ndarray, min_distance: float, rng: np.random.Generator) -> list[np.ndarray]:
+def _two_colours(
+    under: np.ndarray, min_distance: float, hue: float | None, rng: np.random.Generator
+) -> list[np.ndarray]:
     """A colour that stands out from ``under`` and a relative of it for the texture."""
-    candidates = [_colour(rng, (0.25, 0.95), (0.2, 1.0)) for _ in range(8)]
+    candidates = [_colour(rng, (0.35, 0.95), (0.3, 1.0), hue) for _ in range(8)]
     distances = [float(np.linalg.norm(c - under)) for c in candidates]
     far = [c for c, d in zip(candidates, distances, strict=True) if d >= min_distance]
     first = far[0] if far else candidates[int(np.argmax(distances))]

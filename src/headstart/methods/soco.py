@@ -51,6 +51,8 @@ from headstart.views import (
 )
 
 CROP_RETRIES = 5
+PAPER_VIEW_PX = 224
+PAPER_LEVEL_PX = (48.0, 96.0, 192.0)  # with smaller views, whole levels would never see a box
 
 
 class SoCoSettings(Settings):
@@ -75,7 +77,9 @@ class SoCoSettings(Settings):
         None, ge=16, description="side of V3, px (Table 5a: 96 to 192). Unset: view_px / 2, the paper's 112"
     )
     star: bool = Field(False, description="SoCo*: a fourth view, another crop of V1")
-    v4_px: int | None = Field(None, ge=16, description="side of V4, px. Unset: view_px x 6/7, the paper's 192")
+    v4_px: int | None = Field(
+        None, ge=16, description="side of V4, px. Unset: view_px x 6/7, the paper's 192"
+    )
     instances: Literal["proposals", "random", "whole_image"] = Field(
         "proposals",
         description="what an object is: proposals; K random boxes (Table 5c); the whole image (Table 4: BYOL)",
@@ -83,11 +87,20 @@ class SoCoSettings(Settings):
     jitter: Literal["v1", "all", "none"] = Field("v1", description="views whose boxes are jittered")
     jitter_prob: float = Field(0.5, ge=0, le=1, description="probability of jittering a box")
     jitter_r: float = Field(0.1, ge=0, lt=0.5, description="r of the jitter ~ U(-r, r), in box sides")
+    colour: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="strength of the colour augmentation; 1 is BYOL's, as in the paper. What it varies, the "
+        "network learns to ignore: lower it where colour tells your classes apart",
+    )
     fpn: bool = Field(True, description="pretrain the FPN (Table 4); off: boxes from the last residual block")
     head: bool = Field(True, description="pretrain the box head (Table 4); off: pooled features, averaged")
     scale_aware: bool = Field(True, description="scale-aware assignment of boxes to levels (Table 4)")
-    level_px: tuple[float, float, float] = Field(
-        (48, 96, 192), description="largest box side sqrt(wh) on P2, P3, P4, in view px; larger ones on P5"
+    level_px: tuple[float, float, float] | None = Field(
+        None,
+        description="largest box side sqrt(wh) on P2, P3, P4, in view px; larger ones on P5. "
+        "Unset: the paper's 48, 96, 192 at 224 px, in proportion to view_px",
     )
     hidden: int = Field(4096, ge=1, description="hidden width of projector g and predictor q")
     dim: int = Field(256, ge=1, description="width of the embeddings v")
@@ -102,8 +115,10 @@ class SoCo(Method[SoCoSettings]):
 
     def __init__(self, settings: SoCoSettings) -> None:
         super().__init__(settings)
-        v1 = Photometric(blur_prob=1.0, solarise_prob=0.0)
-        others = Photometric(blur_prob=0.1, solarise_prob=0.2)
+        c = settings.colour
+        jitter = {"brightness": 0.4 * c, "contrast": 0.4 * c, "saturation": 0.2 * c, "hue": 0.1 * c}
+        v1 = Photometric(**jitter, grey_prob=0.2 * c, blur_prob=1.0, solarise_prob=0.0)
+        others = Photometric(**jitter, grey_prob=0.2 * c, blur_prob=0.1, solarise_prob=0.2 * c)
         self.photometric = (v1, others, others, others)
 
     # ---- what is chosen for the user --------------------------------------------------------------------------
@@ -123,6 +138,9 @@ class SoCo(Method[SoCoSettings]):
             s.v3_px = s.view_px // 2
         if s.v4_px is None:
             s.v4_px = round(s.view_px * 6 / 7)
+        if s.level_px is None:
+            small, middle, large = (px * s.view_px / PAPER_VIEW_PX for px in PAPER_LEVEL_PX)
+            s.level_px = (small, middle, large)
         if s.tau is None:
             # The paper's .99 averages over 100 of some 60 000 steps. A run of a few hundred steps would be over
             # before such a teacher had left its random start.
@@ -225,6 +243,7 @@ class SoCo(Method[SoCoSettings]):
         """Scale-aware assignment: level index 0..3 (P2..P5) of boxes (..., 4) by their side sqrt(wh) in view px."""
         if not self.settings.scale_aware:
             return None
+        assert self.settings.level_px is not None
         bounds = torch.tensor(self.settings.level_px, device=boxes.device)
         return torch.bucketize(side(boxes), bounds)
 
@@ -256,7 +275,9 @@ class SoCo(Method[SoCoSettings]):
         watched: dict[str, Any] = {"embedding_std": round(float(spread), 4)}
         levels = [self.levels(view.boxes) for view in views]
         if self.settings.fpn and levels[0] is not None:
-            counts = torch.cat([level.reshape(-1) for level in levels if level is not None]).bincount(minlength=4)
+            counts = torch.cat([level.reshape(-1) for level in levels if level is not None]).bincount(
+                minlength=4
+            )
             watched["level_share"] = [round(float(share), 3) for share in counts / counts.sum()]
         return watched
 

@@ -36,7 +36,9 @@ def read(recipe: str | Path | None, verb: str) -> dict[str, Any]:
     content = read_yaml(path)
     unknown = content.keys() - {"detector", "pretrain", "finetune"}
     if unknown:
-        raise SettingsError(f"{path}: unknown section {', '.join(sorted(unknown))}; expected detector, pretrain, finetune")
+        raise SettingsError(
+            f"{path}: unknown section {', '.join(sorted(unknown))}; expected detector, pretrain, finetune"
+        )
     if verb not in content and "detector" not in content:
         raise SettingsError(f"{path}: has no section {verb}")
     section = dict(content.get(verb) or {})

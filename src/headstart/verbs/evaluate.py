@@ -20,7 +20,7 @@ from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector
 from headstart.detectors.weights import load_state, read_metadata, read_state
 from headstart.engine import pick_device, worker_init
-from headstart.errors import DataError, ImageError, RunError, WeightsError
+from headstart.errors import ImageError, RunError, WeightsError
 from headstart.files import write_json
 from headstart.runs import DETECTOR_FILE, read_record
 
@@ -92,7 +92,9 @@ def load_finetuned(run: Path) -> tuple[Detector, list[str]]:
     """
     record = read_record(run)
     if record["kind"] != "finetune":
-        raise RunError(f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}")
+        raise RunError(
+            f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}"
+        )
     file = run / DETECTOR_FILE
     if not file.is_file():
         raise RunError(f"{run}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
@@ -159,9 +161,7 @@ class _Images(torch.utils.data.Dataset):
             return index, None, str(error)
 
 
-def _results(
-    output: dict[str, Tensor], data: DetectionData, index: int, masks: bool
-) -> list[dict[str, Any]]:
+def _results(output: dict[str, Tensor], data: DetectionData, index: int, masks: bool) -> list[dict[str, Any]]:
     """One image's detections as COCO results; labels without a category (a detector of more classes) are left out."""
     from faster_coco_eval.core import mask as rle_mask
 
@@ -193,8 +193,10 @@ def _results(
 
 def write_evaluation(evaluation: Evaluation, path: Path) -> None:
     """``path`` gets the metrics; the detections go beside it."""
-    detections = path.with_name(path.name.replace("eval", "detections", 1)) if "eval" in path.name else (
-        path.with_name(f"{path.stem}_detections.json")
+    detections = (
+        path.with_name(path.name.replace("eval", "detections", 1))
+        if "eval" in path.name
+        else (path.with_name(f"{path.stem}_detections.json"))
     )
     write_json(detections, evaluation.detections)
     write_json(

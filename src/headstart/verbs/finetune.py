@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 from headstart import detectors, distributed, recipes
 from headstart.console import notes
-from headstart.datasets.detection import DetectionData, load_detection_data
+from headstart.datasets.detection import load_detection_data
 from headstart.datasets.splits import choose_labelled, write_split
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
 from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state, save_detector
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
 from headstart.errors import DataError, RunError, SettingsError
-from headstart.verbs.evaluate import Evaluation, in_order_of, run_detector, write_evaluation
 from headstart.optim import OptimSettings, settle_optim
 from headstart.runs import DETECTOR_FILE, Run, fingerprint, read_record
 from headstart.settings import Settings, flatten, merge, parse_assignments, validate
+from headstart.verbs.evaluate import Evaluation, in_order_of, run_detector, write_evaluation
 
 SCRATCH = "scratch"
 EPOCHS = 12  # COCO's 1x schedule
@@ -39,7 +39,10 @@ def config_type(detector: str = "faster_rcnn") -> type[BaseModel]:
     """The settings of a fine-tuning run, nested: detector, augment, optim, train."""
     return create_model(
         "FinetuneSettings",
-        detector=(detectors.settings_type(detector), Field(default_factory=detectors.settings_type(detector))),
+        detector=(
+            detectors.settings_type(detector),
+            Field(default_factory=detectors.settings_type(detector)),
+        ),
         augment=(AugmentSettings, Field(default_factory=AugmentSettings)),
         optim=(OptimSettings, Field(default_factory=lambda: OptimSettings(schedule="steps"))),
         train=(TrainSettings, Field(default_factory=TrainSettings)),
@@ -336,9 +339,9 @@ def _path(value: Path | str | None) -> Path | None:
     return None if value is None else Path(value)
 
 
-_LOADING = '''\
+_LOADING = """\
 # Classes 1.. in order: {classes}
 from safetensors.torch import load_file
 
 detector.load_state_dict(load_file("{file}"))
-'''
+"""

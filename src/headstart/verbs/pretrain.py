@@ -26,9 +26,9 @@ from headstart.methods.method import Method, Net, ViewBatch, collate_views
 from headstart.optim import OptimSettings, settle_optim
 from headstart.proposals import ProposalSettings
 from headstart.proposals.store import ProposalStore
-from headstart.verbs.propose import propose
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import merge, parse_assignments, validate
+from headstart.verbs.propose import propose
 
 EPOCHS = 100  # SoCo's, ADePT's
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
@@ -39,7 +39,10 @@ def config_type(method: str, detector: str = "faster_rcnn") -> type[BaseModel]:
     """The settings of a pretraining run, nested: detector, method, optim, train, proposals."""
     return create_model(
         "PretrainSettings",
-        detector=(detectors.settings_type(detector), Field(default_factory=detectors.settings_type(detector))),
+        detector=(
+            detectors.settings_type(detector),
+            Field(default_factory=detectors.settings_type(detector)),
+        ),
         method=(
             methods.method_type(method).settings_type,
             Field(default_factory=methods.method_type(method).settings_type),
@@ -212,6 +215,7 @@ def pretrain(
         if show and distributed.is_main():
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
+        file = Path(proposals) if proposals is not None else out / "proposals.parquet"
         record = {
             "kind": "pretrain",
             "method": method,
@@ -224,13 +228,14 @@ def pretrain(
                 "images": str(folder),
                 "n_images": len(found),
                 "fingerprint": fingerprint(found, [(folder / n).stat().st_size for n in found]),
+                "proposals": str(file) if pretraining_method.needs_proposals else None,
             },
             "notes": chosen,
         }
         run = Run.start(out, record, resume)
         store = None
         if pretraining_method.needs_proposals:
-            store = _proposals(folder, proposals, config.proposals, run, show)
+            store = _proposals(folder, file, config.proposals, run.path / CACHE, show)
             found = store.images
         with lent(wrapped):
             model = Pretraining(pretraining_method, wrapped)
@@ -276,24 +281,21 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
 
 
 def _proposals(
-    folder: Path, file: Path | str | None, settings: ProposalSettings, run: Run, show: bool
+    folder: Path, file: Path, settings: ProposalSettings, cache: Path, show: bool
 ) -> ProposalStore:
-    path = Path(file) if file is not None else run.path / "proposals.parquet"
-    if not path.is_file() and distributed.is_main():
-        propose(folder, path, settings=settings, progress=show)
+    """Boxes of ``folder`` from ``file``, which the main process makes first where it is absent."""
     if distributed.is_main():
-        ProposalStore.open(path, cache=run.path / CACHE).check_images(folder)
-        run.write(data={**run.record["data"], "proposals": str(path)})
+        if not file.is_file():
+            propose(folder, file, settings=settings, progress=show)
+        ProposalStore.open(file, cache=cache).check_images(folder)
     distributed.barrier()
-    store = ProposalStore.open(path, cache=run.path / CACHE)
+    store = ProposalStore.open(file, cache=cache)
     if not len(store):
-        raise DataError(f"{path}: holds no usable image")
+        raise DataError(f"{file}: holds no usable image")
     return store
 
 
-def _finish(
-    run: Run, detector: Detector, method: Method, config: Any, summary: Summary, show: bool
-) -> None:
+def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: Summary, show: bool) -> None:
     shutil.rmtree(run.path / CACHE, ignore_errors=True)
     run.write(status="finished" if summary.finished else "stopped", summary=summary.as_dict())
     if not summary.finished:
@@ -317,9 +319,9 @@ def _finish(
         notes.print(f"Next: headstart finetune {run.path} --train train.json --val val.json", markup=False)
 
 
-_LOADING = '''\
+_LOADING = """\
 # Pretrained: {parts}. Everything else keeps its random start, so it shows as missing here.
 from safetensors.torch import load_file
 
 print(detector.load_state_dict(load_file("{file}"), strict=False))
-'''
+"""

@@ -1,0 +1,171 @@
+"""Two processes with half the batch each are one process with all of it: loss, batch norm, weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = """
+import sys
+import torch
+torch.set_num_threads(1)
+import headstart
+
+if __name__ == "__main__":
+    scenes, out, proposals = sys.argv[1:]
+    settings = dict(%(settings)r)
+    headstart.pretrain("faster_rcnn", scenes, out=out, proposals=proposals, backbone="resnet18", max_steps=3,
+                       batch_size=4, settings=settings, show=False)
+"""
+
+
+def launch(arguments: list[str], processes: int) -> None:
+    command = [sys.executable, *arguments]
+    if processes > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", port]
+        command = [sys.executable, *torchrun, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def torchrun(tmp_path: Path, code: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    launch([str(script)], 2)
+
+
+def run(tmp_path: Path, scenes: Path, name: str, settings: dict, processes: int) -> tuple[list[dict], dict]:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT % {"settings": settings})
+    arguments = [str(script), str(scenes / "unlabelled"), str(tmp_path / name), str(tmp_path / "p.parquet")]
+    launch(arguments, processes)
+    log = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+    return log, load_file(tmp_path / name / "detector.safetensors")
+
+
+def test_two_processes_equal_one(tmp_path, scenes, tiny):
+    settings = {f"detector.{k}": v for k, v in tiny.items() if k != "backbone"} | {
+        "method.view_px": 64,
+        "method.hidden": 32,
+        "method.dim": 16,
+        "optim.optimizer": "sgd",
+        "optim.lr": 1e-5,  # a tiny batch norm network amplifies rounding: larger steps compare chaos
+        "train.amp": "off",
+        "train.log_every": 1,
+        "train.workers": 0,
+        "proposals.scale": 100,
+        "proposals.size_min": 0.1,
+    }
+    alone, weights = run(tmp_path, scenes, "one", settings, 1)
+    together, weights2 = run(tmp_path, scenes, "two", settings, 2)
+    assert [line["step"] for line in alone] == [line["step"] for line in together] == [1, 2, 3]
+    for a, b in zip(alone, together, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-3)
+    assert alone[0]["loss"] == pytest.approx(together[0]["loss"], abs=5e-5)
+    assert alone[0]["loss"] - alone[2]["loss"] > 1e-3  # it did learn something
+    for name, value in weights.items():
+        torch.testing.assert_close(weights2[name].float(), value.float(), atol=2e-3, rtol=1e-2)
+
+
+def test_gradients_of_two_processes_equal_one_in_double(tmp_path):
+    """Every gradient of SoCo, through the student's synchronised batch norms, to ten digits."""
+    torchrun(
+        tmp_path,
+        """
+import numpy as np, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from headstart import detectors
+from headstart.detectors.rcnn import RCNNSettings
+from headstart.distributed import synchronised_batch_norm
+from headstart.methods.method import ViewBatch, collate_views
+from headstart.methods.soco import SoCo, SoCoSettings
+from headstart.verbs.pretrain import Pretraining
+
+class Batch:
+    def __init__(self, views):
+        self.views = views
+
+def build():
+    torch.manual_seed(0)
+    detector = detectors.build(RCNNSettings(backbone="resnet18", fpn_channels=8, head_width=16))
+    method = SoCo(SoCoSettings(view_px=64, hidden=32, dim=16, tau=0.9))
+    method.settle(detector, 10)
+    return Pretraining(method, detector).double().train()
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+shared, alone = build(), build()
+boxes = np.array([[4, 4, 40, 36], [20, 10, 60, 55], [0, 0, 64, 60], [30, 30, 60, 58]], np.float32)
+photos = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(4)]
+views = collate_views([alone.method.views(p, boxes, np.random.default_rng(i)) for i, p in enumerate(photos)])
+views = [ViewBatch(v.images.double() / 255, v.boxes.double(), v.ids) for v in views]
+alone(Batch(views))["align"].backward()
+mine = slice(2 * rank, 2 * rank + 2)
+with synchronised_batch_norm(shared, torch.device("cpu")):
+    wrapped = DistributedDataParallel(shared)
+    half = Batch([ViewBatch(v.images[mine], v.boxes[mine], v.ids[mine]) for v in views])
+    wrapped(half)["align"].backward()
+expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
+largest = max(float(grad.norm()) for grad in expected.values())
+compared = 0
+for name, parameter in shared.named_parameters():
+    # Biases before a batch norm have no gradient but rounding.
+    if name in expected and float(expected[name].norm()) > 1e-6 * largest:
+        error = float((parameter.grad - expected[name]).norm() / expected[name].norm())
+        assert error < 1e-9, (name, error)
+        compared += 1
+assert compared > 80, compared
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_synchronised_batch_norm_equals_the_whole_batch(tmp_path):
+    """Outputs, running statistics and gradients, for 1-D, 2-D inputs and ranks with different counts."""
+    torchrun(
+        tmp_path,
+        """
+import torch, torch.distributed as dist
+from torch import nn
+from headstart.distributed import synchronised_batch_norm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for shape, kind in (((6, 3), nn.BatchNorm1d), ((6, 3, 4, 4), nn.BatchNorm2d)):
+    torch.manual_seed(0)
+    x = torch.randn(shape) * 3 + 100
+    w = torch.randn(shape)
+    whole, ours = kind(3), kind(3)
+    xs = x.clone().requires_grad_()
+    (whole(xs) * w).sum().backward()
+    mine = slice(0, 2) if rank == 0 else slice(2, 6)
+    part = x[mine].clone().requires_grad_()
+    with synchronised_batch_norm(ours, torch.device("cpu")):
+        out = ours(part)
+        (out * w[mine]).sum().backward()
+    assert type(ours) is kind
+    torch.testing.assert_close(out, whole(x)[mine], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(part.grad, xs.grad[mine], atol=1e-4, rtol=1e-3)
+    for p, q in zip(ours.parameters(), whole.parameters()):
+        grad = p.grad.clone()
+        dist.all_reduce(grad)
+        torch.testing.assert_close(grad, q.grad, atol=1e-3, rtol=1e-3)
+    fresh = kind(3)
+    fresh(x)
+    torch.testing.assert_close(ours.running_mean, fresh.running_mean)
+    torch.testing.assert_close(ours.running_var, fresh.running_var, atol=1e-4, rtol=1e-4)
+    assert int(ours.num_batches_tracked) == 1
+dist.destroy_process_group()
+""",
+    )
