@@ -217,9 +217,7 @@ def sources(folder: Path, count: int) -> list[tuple[str, list[Path]]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64, help="images of each kind (default: 64)")
     parser.add_argument("--repeats", type=int, default=7, help="times both sides are measured (default: 7)")
     options = parser.parse_args()

@@ -39,9 +39,7 @@ def headstart(*arguments: object, threads: int | None = None, quiet: bool = Fals
     environment = dict(os.environ)
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run(
-        [sys.executable, "-m", "headstart", *words], env=environment, capture_output=quiet, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "headstart", *words], env=environment, capture_output=quiet, text=True)
     if done.returncode:
         console.print((done.stdout or "") + (done.stderr or ""), markup=False)
         raise SystemExit(done.returncode)
@@ -78,9 +76,7 @@ def main() -> None:
         headstart("scenes", data, "--unlabelled", 1000, "--train", 64, "--val", 200)
     pretrained = runs / "soco"
     if not finished(pretrained):
-        headstart(
-            *("pretrain", "soco", data / "unlabelled", "--recipe", RECIPE, "--out", pretrained, "--resume")
-        )
+        headstart(*("pretrain", "soco", data / "unlabelled", "--recipe", RECIPE, "--out", pretrained, "--resume"))
     # Two at a time with one thread each: on two cores that is faster than one after the other with two.
     arms = [
         (pretrained, "soco", STEPS),
@@ -98,9 +94,7 @@ def main() -> None:
     report = options.out / "report.html"
     headstart("report", *sorted(runs.iterdir()), "--out", report)
 
-    table = Table(
-        title=f"{LABELS} labelled images, {len(SEEDS)} seeds, COCO metrics in %", title_justify="left"
-    )
+    table = Table(title=f"{LABELS} labelled images, {len(SEEDS)} seeds, COCO metrics in %", title_justify="left")
     for column in ("start", "steps", "AP", "", "AP50", ""):
         table.add_column(column, justify="left" if column == "start" else "right")
     for _, name, steps in arms:

@@ -68,8 +68,7 @@ def test_area_and_size(kind):
 def test_clip_against_a_loop(kind):
     boxes = some_boxes(20)
     expected = [
-        [min(max(x1, 0), 70), min(max(y1, 0), 50), min(max(x2, 0), 70), min(max(y2, 0), 50)]
-        for x1, y1, x2, y2 in boxes
+        [min(max(x1, 0), 70), min(max(y1, 0), 50), min(max(x2, 0), 70), min(max(y2, 0), 50)] for x1, y1, x2, y2 in boxes
     ]
     np.testing.assert_array_equal(kind(box_ops.clip, boxes, width=70, height=50), expected)
 

@@ -40,9 +40,7 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [SIZE, SIZE], "counts": counts if flat[0] == 0 else [0, *counts]}
 
 
-def random_case(
-    seed: int, images: int = 8, tied: bool = False, crowds: bool = True
-) -> tuple[dict, list[dict]]:
+def random_case(seed: int, images: int = 8, tied: bool = False, crowds: bool = True) -> tuple[dict, list[dict]]:
     """Boxes of all COCO sizes, jittered detections, misses, false alarms; ids neither dense nor sorted."""
     rng = np.random.default_rng(seed)
     ids = [int(i) for i in rng.permutation(1000)[:images]]
@@ -220,9 +218,7 @@ def test_a_crowd_without_a_mask_is_its_box() -> None:
 def test_json_and_tables() -> None:
     truth, detections = random_case(2)
     scores = score(truth, detections)
-    assert (
-        json.loads(json.dumps(scores.to_json(), allow_nan=False))["metrics"]["bbox"] == scores.metrics["bbox"]
-    )
+    assert json.loads(json.dumps(scores.to_json(), allow_nan=False))["metrics"]["bbox"] == scores.metrics["bbox"]
     console = Console(width=120, file=io.StringIO())
     console.print(*scores.tables())
     text = console.file.getvalue()  # type: ignore[attr-defined]

@@ -96,9 +96,7 @@ def test_a_resumed_run_gives_the_same_numbers_bit_for_bit(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     first = Model()
-    stopped = fit(
-        job(first, after_step=stop_after_six), settings(), OPTIM, start(tmp_path / "cut"), show=False
-    )
+    stopped = fit(job(first, after_step=stop_after_six), settings(), OPTIM, start(tmp_path / "cut"), show=False)
     assert (stopped.steps, stopped.finished) == (6, False)
     again = Model()
     done = fit(job(again), settings(), OPTIM, start(tmp_path / "cut", resume=True), resume=True, show=False)
@@ -149,7 +147,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused(tmp_path):
 
     fit(job(Model()), settings(max_steps=4), OPTIM, start(tmp_path / "run"), show=False)
     torch.save({"format": 1, "step": 4, "x": Evil()}, tmp_path / "run" / "step_000004" / "state.pt")
-    with pytest.raises(RunError, match="state.pt"):
+    with pytest.raises(RunError, match=r"state\.pt"):
         checkpoint.load(tmp_path / "run" / "step_000004")
     assert not (tmp_path / "owned").exists()
 
@@ -172,9 +170,7 @@ def test_every_epoch_shows_every_image_once_in_another_order():
     epochs = [[stream.index(n) for n in range(e * 10, e * 10 + 10)] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert [_Stream(job(Model()), seed=3).index(n) for n in (7, 25, 3)] == [
-        stream.index(n) for n in (7, 25, 3)
-    ]
+    assert [_Stream(job(Model()), seed=3).index(n) for n in (7, 25, 3)] == [stream.index(n) for n in (7, 25, 3)]
 
 
 def test_the_parts_of_a_step_add_up_to_its_batch(tmp_path):
@@ -208,9 +204,7 @@ def test_an_unreadable_image_is_replaced_counted_and_named(tmp_path):
             raise ImageError("3.jpg: truncated")
         return load(index, rng)
 
-    summary = fit(
-        job(Model(), load=flaky), settings(max_unreadable=0.2), OPTIM, start(tmp_path / "run"), show=False
-    )
+    summary = fit(job(Model(), load=flaky), settings(max_unreadable=0.2), OPTIM, start(tmp_path / "run"), show=False)
     assert summary.finished
     assert summary.unreadable == {"3.jpg": "3.jpg: truncated"}
 

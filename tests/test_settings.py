@@ -13,9 +13,7 @@ SOCO = config_type("soco")
 
 
 def test_short_keys_mean_the_one_setting_of_that_name():
-    parsed = parse_assignments(
-        SOCO, ["K=8", "optim.lr=1e-3", "v3=independent_crop", "star=true", "anchor_px=[8,16]"]
-    )
+    parsed = parse_assignments(SOCO, ["K=8", "optim.lr=1e-3", "v3=independent_crop", "star=true", "anchor_px=[8,16]"])
     assert parsed == {
         "method.K": 8,
         "optim.lr": 0.001,

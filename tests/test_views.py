@@ -202,9 +202,7 @@ def test_random_crop_is_distributed_as_torchvisions() -> None:
     ours = np.array([views.random_crop_box(96, 96, rng) for _ in range(4000)])
     ours = np.stack([ours[:, 1], ours[:, 0], ours[:, 3] - ours[:, 1], ours[:, 2] - ours[:, 0]], axis=1)
     for column in range(4):
-        quantiles = [
-            np.quantile(sample[:, column], [0.05, 0.25, 0.5, 0.75, 0.95]) for sample in (ours, theirs)
-        ]
+        quantiles = [np.quantile(sample[:, column], [0.05, 0.25, 0.5, 0.75, 0.95]) for sample in (ours, theirs)]
         np.testing.assert_allclose(*quantiles, atol=2.5)
 
 
@@ -344,9 +342,7 @@ def test_blur_keeps_a_constant_and_takes_small_images() -> None:
 @pytest.mark.parametrize("threshold", [0, 1, 128, 200, 255])
 def test_solarise_is_torchvisions(threshold: int) -> None:
     image = np.arange(256, dtype=np.uint8).reshape(8, 32, 1).repeat(3, axis=2)
-    np.testing.assert_array_equal(
-        views.solarised(image, threshold), array(F.solarize(tensor(image), threshold))
-    )
+    np.testing.assert_array_equal(views.solarised(image, threshold), array(F.solarize(tensor(image), threshold)))
 
 
 def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,9 +377,7 @@ def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatc
         rest = names[len(jitter) :]
         assert rest == [name for name in ("greyscale", "gaussian_blur", "solarised") if name in rest]
         jittered += bool(jitter)
-        happened.append(
-            [bool(jitter), *(name in rest for name in ("greyscale", "gaussian_blur", "solarised"))]
-        )
+        happened.append([bool(jitter), *(name in rest for name in ("greyscale", "gaussian_blur", "solarised"))])
         if jitter:
             draws = dict(calls)
             order = ("adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue")
@@ -420,9 +414,7 @@ def test_photometric_draws_with_its_probabilities(monkeypatch: pytest.MonkeyPatc
 
 def test_photometric_is_its_operations_in_the_order_of_byol() -> None:
     image = photo(2)
-    everything = Photometric(
-        hue=0, contrast=0, saturation=0, jitter_prob=1, grey_prob=1, blur_prob=1, solarise_prob=1
-    )
+    everything = Photometric(hue=0, contrast=0, saturation=0, jitter_prob=1, grey_prob=1, blur_prob=1, solarise_prob=1)
     out = everything(image, np.random.default_rng(4))
     draws = np.random.default_rng(4).random(13)
     expected = views.adjust_brightness(image, 0.6 + 0.8 * draws[5])
@@ -458,9 +450,7 @@ def test_photometric_uses_as_many_draws_whatever_happens() -> None:
 def test_photometric_with_nothing_on_changes_nothing() -> None:
     image = photo(0)
     off = Photometric(jitter_prob=0, grey_prob=0, blur_prob=0, solarise_prob=0)
-    flat = Photometric(
-        brightness=0, contrast=0, saturation=0, hue=0, grey_prob=0, blur_prob=0, solarise_prob=0
-    )
+    flat = Photometric(brightness=0, contrast=0, saturation=0, hue=0, grey_prob=0, blur_prob=0, solarise_prob=0)
     for transform in (off, flat):
         np.testing.assert_array_equal(transform(image, np.random.default_rng(0)), image)
 

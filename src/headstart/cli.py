@@ -35,9 +35,7 @@ app = typer.Typer(
 )
 
 # Options that mean the same everywhere are written once, here.
-Images = Annotated[
-    Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")
-]
+Images = Annotated[Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.", show_default=False)]
 Recipe = Annotated[
     str | None,
@@ -55,9 +53,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything ran
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False
-    ),
+    typer.Option("--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Backbone = Annotated[
@@ -79,9 +75,7 @@ def settings_table(model: Any, title: str) -> Table:
             table.add_section()
             group = section
         default = field.get_default(call_default_factory=True)
-        table.add_row(
-            f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or ""
-        )
+        table.add_row(f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or "")
     return table
 
 
@@ -152,9 +146,7 @@ def propose(
     out: Annotated[
         Path | None, typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
     ] = None,
-    engine: Annotated[
-        str | None, typer.Option("--engine", help="What finds the boxes.  [default: opencv]")
-    ] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  [default: opencv]")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
     seed: Seed = None,
     settings: Set = None,
@@ -192,16 +184,12 @@ class _Methods(TyperGroup):
 def _pretrain_with(method: str) -> Any:
     def command(
         images: Images,
-        detector: Annotated[
-            str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")
-        ] = "faster_rcnn",
+        detector: Annotated[str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")] = "faster_rcnn",
         backbone: Backbone = None,
         out: Out = None,
         proposals: Annotated[
             Path | None,
-            typer.Option(
-                "--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"
-            ),
+            typer.Option("--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"),
         ] = None,
         recipe: Recipe = None,
         epochs: Epochs = None,
@@ -263,24 +251,18 @@ def finetune(
             metavar="START",
         ),
     ],
-    train: Annotated[
-        Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")
-    ],
+    train: Annotated[Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")],
     val: Annotated[Path | None, typer.Option("--val", help="Labels to evaluate on at the end.")] = None,
     labels: Annotated[
         str,
-        typer.Option(
-            "--labels", help="Label budget: 10%, a number of images, all, or the labels.json of another run."
-        ),
+        typer.Option("--labels", help="Label budget: 10%, a number of images, all, or the labels.json of another run."),
     ] = "all",
     detector: Annotated[
         str | None, typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: as START]")
     ] = None,
     backbone: Backbone = None,
     out: Out = None,
-    train_images: Annotated[
-        Path | None, typer.Option("--train-images", help="Folder of --train's images.")
-    ] = None,
+    train_images: Annotated[Path | None, typer.Option("--train-images", help="Folder of --train's images.")] = None,
     val_images: Annotated[Path | None, typer.Option("--val-images", help="Folder of --val's images.")] = None,
     recipe: Recipe = None,
     epochs: Epochs = None,
@@ -326,13 +308,9 @@ def finetune(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Fine-tuned run folder.", metavar="RUN")],
-    data: Annotated[
-        Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")
-    ],
+    data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the images.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:

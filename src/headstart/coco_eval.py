@@ -157,9 +157,7 @@ def _detection(detection: dict[str, Any], iou_type: str) -> dict[str, Any]:
     return mine
 
 
-def _check(
-    ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]], iou_types: Sequence[str]
-) -> None:
+def _check(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]], iou_types: Sequence[str]) -> None:
     for key in ("images", "annotations", "categories"):
         if key not in ground_truth:
             raise DataError(f'ground truth: no "{key}"; expected a COCO data set')
@@ -184,8 +182,7 @@ def _check(
         mask = detection.get("segmentation")
         if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
             raise DataError(
-                f'detection {i} (image {detection["image_id"]}) has no "segmentation" '
-                f"in compressed RLE, {hint}"
+                f'detection {i} (image {detection["image_id"]}) has no "segmentation" in compressed RLE, {hint}'
             )
 
 

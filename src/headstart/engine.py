@@ -173,7 +173,8 @@ class _Stream(Dataset):
 
     def __getitem__(self, n: int) -> tuple[Any, dict[str, str]]:
         """The sample, and what could not be read on the way to it: the next image takes a bad one's place."""
-        index, unreadable = self.index(n), {}
+        index = self.index(n)
+        unreadable: dict[str, str] = {}
         for attempt in range(min(self.images, 100)):
             place = (index + attempt) % self.images
             try:
@@ -388,9 +389,7 @@ def fit(
                 batch, found_bad = next(batches)
                 unreadable |= found_bad
                 if batch is None:
-                    raise TrainingError(
-                        f"none of {len(found_bad)} images in a row can be read: {_some(found_bad)}"
-                    )
+                    raise TrainingError(f"none of {len(found_bad)} images in a row can be read: {_some(found_bad)}")
                 last = part == parts - 1
                 waiting = wrapped.no_sync() if world > 1 and not last else contextlib.nullcontext()
                 with waiting:

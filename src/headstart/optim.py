@@ -62,9 +62,7 @@ def settle_optim(
         if base is None:
             base, batch = advised.base_lr, advised.base_batch
             if optim.optimizer != advised.optimizer:
-                raise SettingsError(
-                    f"optim.optimizer={optim.optimizer}: needs its learning rate too (optim.base_lr)"
-                )
+                raise SettingsError(f"optim.optimizer={optim.optimizer}: needs its learning rate too (optim.base_lr)")
         assert base is not None
         optim.lr = base * batch_size / batch
         said.append(f"lr {optim.lr:.3g}: {base:g} x batch {batch_size} / {batch} (--set optim.lr)")

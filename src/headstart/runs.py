@@ -107,9 +107,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
 
 def _same_configuration(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before.get("kind") != now["kind"]:
-        raise RunError(
-            f"{path}: is a {before.get('kind')} run, not a {now['kind']} run; choose another --out"
-        )
+        raise RunError(f"{path}: is a {before.get('kind')} run, not a {now['kind']} run; choose another --out")
     old = flatten({"config": before["config"], "data": before.get("data", {})})
     new = flatten({"config": now["config"], "data": now.get("data", {})})
     different = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import types
 import typing
@@ -78,10 +79,8 @@ def parse_assignments(model: type[BaseModel], assignments: Sequence[str]) -> dic
         except yaml.YAMLError as error:
             raise SettingsError(f"--set {assignment}: the value can't be read ({error})") from None
         if isinstance(value, str):  # YAML 1.1 reads 1e-5 (no dot) as text; people mean a number.
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         parsed[full_key(model, key.strip())] = value
     return parsed
 

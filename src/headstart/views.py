@@ -105,9 +105,7 @@ def crop_and_resize(view: View, crop: tuple[int, int, int, int], size: tuple[int
     x0, y0, x1, y1 = crop
     height, width = view.size
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise ValueError(
-            f"crop {crop} is empty or reaches over the image of {height} x {width} (H x W) pixels"
-        )
+        raise ValueError(f"crop {crop} is empty or reaches over the image of {height} x {width} (H x W) pixels")
     new_height, new_width = size
     x_scale, y_scale = new_width / (x1 - x0), new_height / (y1 - y0)
     # One offset and one factor for each of x, y, x, y: no loop over boxes.
@@ -224,9 +222,7 @@ class Photometric:
         _check_range("hue", self.hue, 0, 0.5)
         _check_range("solarise_threshold", self.solarise_threshold, 0, 256)
         if not 0 < self.blur_sigma[0] <= self.blur_sigma[1] < math.inf:
-            raise SettingsError(
-                f"blur_sigma: {self.blur_sigma}; expected two values above 0, the smaller first"
-            )
+            raise SettingsError(f"blur_sigma: {self.blur_sigma}; expected two values above 0, the smaller first")
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         draws = rng.random(13)

@@ -85,9 +85,7 @@ def test_the_callers_folder_comes_first(tmp_path: Path) -> None:
     write(tmp_path, images="elsewhere/photos")
     data = load_detection_data(path, tmp_path / "elsewhere" / "photos")
     assert data.images[0].path == tmp_path / "elsewhere" / "photos" / "42.jpg"
-    with pytest.raises(
-        DataError, match=r"nowhere: no such folder; expected the folder of the images of .*train"
-    ):
+    with pytest.raises(DataError, match=r"nowhere: no such folder; expected the folder of the images of .*train"):
         load_detection_data(path, tmp_path / "nowhere")
 
 
@@ -301,9 +299,7 @@ def twenty(tmp_path: Path, missing: int) -> Path:
             {"id": k, "file_name": f"{k}.jpg" if k >= missing else f"gone{k}.jpg", "width": 60, "height": 40}
             for k in range(20)
         ]
-        content["annotations"] = [
-            {"id": k, "image_id": k, "category_id": 4, "bbox": [1, 1, 5, 5]} for k in range(20)
-        ]
+        content["annotations"] = [{"id": k, "image_id": k, "category_id": 4, "bbox": [1, 1, 5, 5]} for k in range(20)]
 
     path = write(tmp_path, change)
     for k in range(20):
@@ -322,9 +318,7 @@ def test_a_few_missing_images_are_left_out_with_their_objects(tmp_path: Path) ->
 
 @pytest.mark.parametrize("missing", [3, 20])
 def test_many_missing_images_stop(tmp_path: Path, missing: int) -> None:
-    message = (
-        rf"train\.json: {missing} of 20 images are missing or can't be read \(gone0\.jpg, gone1\.jpg, .*"
-    )
+    message = rf"train\.json: {missing} of 20 images are missing or can't be read \(gone0\.jpg, gone1\.jpg, .*"
     message += rf"looked in {tmp_path}, {tmp_path}/images, .*--images DIR"
     with pytest.raises(DataError, match=message):
         load_detection_data(twenty(tmp_path, missing))
@@ -354,9 +348,7 @@ def test_categories_that_share_a_name_stay_apart(tmp_path: Path) -> None:
 REAL = Path(os.environ.get("HEADSTART_DATA", "/nonexistent"))
 
 
-@pytest.mark.parametrize(
-    "name", ["bccd/train.json", "bccd/val.json", "coco_mini/train.json", "coco_mini/val.json"]
-)
+@pytest.mark.parametrize("name", ["bccd/train.json", "bccd/val.json", "coco_mini/train.json", "coco_mini/val.json"])
 def test_real_files_as_pycocotools_reads_them(name: str) -> None:
     path = REAL / name
     if not path.is_file():
@@ -371,8 +363,7 @@ def test_real_files_as_pycocotools_reads_them(name: str) -> None:
         assert objects.iscrowd.tolist() == [bool(a["iscrowd"]) for a in expected]
         assert [data.categories[k - 1].id for k in objects.labels] == [a["category_id"] for a in expected]
         corners = [
-            [a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]]
-            for a in expected
+            [a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]] for a in expected
         ]
         np.testing.assert_allclose(objects.boxes, np.reshape(corners, (-1, 4)), atol=1.0)
     samples = DetectionDataset(data)

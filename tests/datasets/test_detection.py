@@ -149,12 +149,8 @@ def test_has_masks() -> None:
 
 
 def test_unknown_kinds_of_files(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"none\.json: no such file or folder; expected a COCO \.json file or"
-    ):
+    with pytest.raises(DataError, match=r"none\.json: no such file or folder; expected a COCO \.json file or"):
         load_detection_data(tmp_path / "none.json")
     (tmp_path / "a.csv").write_text("x,y")
-    with pytest.raises(
-        DataError, match=r"a\.csv: unknown kind of annotations; expected a COCO \.json file, a"
-    ):
+    with pytest.raises(DataError, match=r"a\.csv: unknown kind of annotations; expected a COCO \.json file, a"):
         load_detection_data(tmp_path / "a.csv")

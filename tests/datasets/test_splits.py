@@ -31,10 +31,7 @@ PLAIN = data([[1]] * 200)
 
 
 def hash_order(seed: int, count: int) -> list[int]:
-    return [
-        100 + i
-        for i in sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}.jpg".encode()).hexdigest())
-    ]
+    return [100 + i for i in sorted(range(count), key=lambda i: hashlib.sha256(f"{seed}:{i}.jpg".encode()).hexdigest())]
 
 
 # ---- budgets -----------------------------------------------------------------------------------------------
@@ -120,11 +117,7 @@ def test_every_class_is_present_where_the_budget_allows(seed: int) -> None:
     assert min(chosen.class_counts().values()) >= 1
     # The images that no class needed follow the hashes.
     order = hash_order(seed, 60)
-    rest = [
-        i
-        for i in choose_labelled(skewed, "20", seed=seed)
-        if skewed.annotations[i - 100].labels.tolist() == [1]
-    ]
+    rest = [i for i in choose_labelled(skewed, "20", seed=seed) if skewed.annotations[i - 100].labels.tolist() == [1]]
     assert rest == [i for i in order if i in rest]
     too_few = skewed.subset(choose_labelled(skewed, "2", seed=seed))
     assert len(too_few) == 2

@@ -88,17 +88,13 @@ def test_bad_images_raise_image_errors(data: DetectionData, tmp_path: Path) -> N
     with pytest.raises(ImageError, match=r"a\.png: empty file"):
         DetectionDataset(data)[0]
     Image.new("RGB", (40, 60)).save(tmp_path / "b.png")
-    with pytest.raises(
-        ImageError, match=r"b\.png: is 40 x 60 \(upright\), but train\.json says 60 x 40; its boxes"
-    ):
+    with pytest.raises(ImageError, match=r"b\.png: is 40 x 60 \(upright\), but train\.json says 60 x 40; its boxes"):
         DetectionDataset(data)[1]
 
 
 def test_masks_that_are_missing_or_broken(data: DetectionData) -> None:
     data.annotations[0].segmentations[2] = {"size": [40, 60], "counts": [7]}
-    with pytest.raises(
-        DataError, match=r"train\.json: image a\.png: object 1: the segmentation can't be decoded"
-    ):
+    with pytest.raises(DataError, match=r"train\.json: image a\.png: object 1: the segmentation can't be decoded"):
         DetectionDataset(data, masks=True)[0]
     data.annotations[0].segmentations[2] = None
     with pytest.raises(DataError, match=r"train\.json: has objects without a mask"):

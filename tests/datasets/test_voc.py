@@ -30,9 +30,7 @@ def voc(tmp_path: Path) -> Path:
     (root / "Annotations" / "a.xml").write_text(
         xml("a.jpg", thing("dog", (1, 1, 20, 30)), thing("cat", (5.5, 6, 60, 40)))
     )
-    (root / "Annotations" / "b.xml").write_text(
-        xml("b.jpg", thing("horse", (3, 3, 9, 9), "<difficult>1</difficult>"))
-    )
+    (root / "Annotations" / "b.xml").write_text(xml("b.jpg", thing("horse", (3, 3, 9, 9), "<difficult>1</difficult>")))
     (root / "Annotations" / "c.xml").write_text(xml("c.jpg"))
     (root / "ImageSets" / "Main" / "val.txt").write_text("c\na\n\n")
     (root / "ImageSets" / "Main" / "dog_val.txt").write_text("a  1\nc -1\n")
@@ -92,9 +90,7 @@ def test_a_folder_of_xml_beside_the_images(voc: Path) -> None:
 def test_images_given_by_the_caller(voc: Path, tmp_path: Path) -> None:
     (voc / "JPEGImages").rename(tmp_path / "photos")
     assert load_detection_data(voc, tmp_path / "photos").images[0].path == tmp_path / "photos" / "a.jpg"
-    with pytest.raises(
-        DataError, match=r"VOC: 3 of 3 images are missing .*\(a\.jpg, b\.jpg, c\.jpg\); looked in"
-    ):
+    with pytest.raises(DataError, match=r"VOC: 3 of 3 images are missing .*\(a\.jpg, b\.jpg, c\.jpg\); looked in"):
         load_detection_data(voc)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         load_detection_data(voc, tmp_path / "nowhere")
@@ -175,9 +171,7 @@ def test_lists_and_folders_that_do_not_fit(voc: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"val\.txt: is not text"):
         load_detection_data(listed)
     (tmp_path / "stray.txt").write_text("a")
-    with pytest.raises(
-        DataError, match=r"stray\.txt: no folder .*Annotations; expected VOC's ImageSets/Main/"
-    ):
+    with pytest.raises(DataError, match=r"stray\.txt: no folder .*Annotations; expected VOC's ImageSets/Main/"):
         load_detection_data(tmp_path / "stray.txt")
     with pytest.raises(DataError, match=r"JPEGImages: holds no \.xml file; expected Pascal VOC annotations"):
         load_detection_data(voc / "JPEGImages")

@@ -73,9 +73,7 @@ def test_uint8_and_float_images_are_the_same(tiny):
 
 
 def test_features_are_what_the_detector_itself_computes(tiny):
-    detector = detectors.build(
-        RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 64, "long_side_px": 64})
-    ).eval()
+    detector = detectors.build(RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 64, "long_side_px": 64})).eval()
     image = torch.rand(3, 64, 64)
     with torch.no_grad():
         prepared, _ = detector.module.transform([image])
@@ -136,6 +134,4 @@ def test_every_parameter_belongs_to_one_part(tiny):
         prefixes = list(detector.prefixes.values())
         for name, _ in detector.module.named_parameters():
             assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
-        assert sum(len(detector.part_state([part])) for part in detector.parts) == len(
-            detector.module.state_dict()
-        )
+        assert sum(len(detector.part_state([part])) for part in detector.parts) == len(detector.module.state_dict())

@@ -16,9 +16,7 @@ from headstart.methods.method import Net, collate_views
 from headstart.methods.soco import SoCo, SoCoSettings, contrast
 from headstart.verbs.pretrain import Pretraining
 
-BOXES = np.array(
-    [[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32
-)
+BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
 
 
 def soco(**settings) -> SoCo:
@@ -294,7 +292,7 @@ def test_c4_has_no_third_view_and_pools_from_c4(photo):
 
 def test_a_detector_without_a_box_head_is_refused():
     class Odd:
-        parts = {"backbone": None, "neck": None}
+        parts = ("backbone", "neck")
 
     with pytest.raises(SettingsError, match="box head"):
         SoCo(SoCoSettings()).settle(Odd(), 10)
@@ -320,9 +318,7 @@ def test_one_step_moves_the_student_by_gradient_and_the_teacher_by_ema_only(phot
     moved = 0
     for name, value in model.teacher.named_parameters():
         if student[name].requires_grad:
-            torch.testing.assert_close(
-                value, tau * before[name] + (1 - tau) * student[name], atol=1e-6, rtol=1e-5
-            )
+            torch.testing.assert_close(value, tau * before[name] + (1 - tau) * student[name], atol=1e-6, rtol=1e-5)
             moved += int(not torch.equal(value, before[name]))
         else:
             torch.testing.assert_close(value, before[name])

@@ -52,9 +52,7 @@ def test_starts_from_the_segments_of_these_very_parameters(scale, sigma, min_siz
     image = cv2.GaussianBlur(RNG.integers(0, 256, (80, 100, 3), dtype=np.uint8), (0, 0), 2)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
     seen = cv2.cvtColor(image[:, :, ::-1].copy(), cv2.COLOR_BGR2HSV) if colour == "hsv" else image
-    labels = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, float(scale), min_size).processImage(
-        seen
-    )
+    labels = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, float(scale), min_size).processImage(seen)
     segments = set()
     for label in np.unique(labels):
         y, x = np.nonzero(labels == label)

@@ -47,9 +47,7 @@ def done(monkeypatch):
     """Names of the images that were worked on, in this process."""
     names = []
     row = propose_module._row
-    monkeypatch.setattr(
-        propose_module, "_row", lambda f, name, *rest: names.append(name) or row(f, name, *rest)
-    )
+    monkeypatch.setattr(propose_module, "_row", lambda f, name, *rest: names.append(name) or row(f, name, *rest))
     return names
 
 
@@ -91,9 +89,9 @@ def test_table_does_not_depend_on_workers(folder, tmp_path):
 
 
 def test_random_boxes_follow_seed_and_path_alone(folder, tmp_path):
-    boxes = lambda name, **s: pq.read_table(
-        run(folder, tmp_path / name, ProposalSettings(engine="random", **s)).path
-    )["boxes"].to_pylist()
+    boxes = lambda name, **s: pq.read_table(run(folder, tmp_path / name, ProposalSettings(engine="random", **s)).path)[
+        "boxes"
+    ].to_pylist()
     first = boxes("a.parquet")
     assert len({tuple(map(tuple, b)) for b in first}) == N  # no two images get the same
     assert boxes("b.parquet", seed=1) != first
@@ -120,9 +118,7 @@ def test_summary_counts_and_shows_everything(folder, tmp_path):
     (folder / "bad[x].jpg").write_bytes(b"")
     summary = run(folder, tmp_path / "p.parquet")
     table = pq.read_table(summary.path)
-    lengths = [
-        len(b) for b, e in zip(table["boxes"].to_pylist(), table["error"].to_pylist(), strict=True) if not e
-    ]
+    lengths = [len(b) for b, e in zip(table["boxes"].to_pylist(), table["error"].to_pylist(), strict=True) if not e]
     assert summary.images == len(lengths) == N + 2
     assert summary.boxes_per_image == {
         "mean": pytest.approx(np.mean(lengths)),
@@ -288,9 +284,7 @@ def test_too_many_bad_images_stop_it_and_nothing_is_lost(folder, tmp_path, done)
     for i in range(8):
         (folder / f"bad{i}.png").write_bytes(b"no image")
     out = tmp_path / "p.parquet"
-    with pytest.raises(
-        DataError, match=r"8 of 32 images can't be used.*max_unreadable=0\.1(.|\n)*bad0\.png: "
-    ):
+    with pytest.raises(DataError, match=r"8 of 32 images can't be used.*max_unreadable=0\.1(.|\n)*bad0\.png: "):
         run(folder, out)
     assert not out.exists()
     done.clear()
@@ -519,9 +513,7 @@ def test_two_at_once_are_refused(folder, tmp_path, start):
     run(folder, out)
 
 
-@pytest.mark.skipif(
-    "HEADSTART_DATA" not in os.environ, reason="HEADSTART_DATA names no folder with real data"
-)
+@pytest.mark.skipif("HEADSTART_DATA" not in os.environ, reason="HEADSTART_DATA names no folder with real data")
 def test_real_photos(tmp_path):
     source = Path(os.environ["HEADSTART_DATA"]) / "coco6k/images"
     (tmp_path / "photos").mkdir()

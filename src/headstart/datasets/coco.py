@@ -71,13 +71,9 @@ def _categories(path: Path, entries: list[dict[str, Any]], notes: Notes) -> list
     for index, entry in enumerate(entries):
         number, name = entry.get("id"), entry.get("name")
         if not isinstance(number, int) or isinstance(number, bool) or not isinstance(name, str):
-            raise DataError(
-                f'{path}: category at index {index} is {entry}; expected {{"id": 1, "name": "cat"}}'
-            )
+            raise DataError(f'{path}: category at index {index} is {entry}; expected {{"id": 1, "name": "cat"}}')
         if number in categories:
-            raise DataError(
-                f"{path}: category id {number} is given twice ({categories[number].name}, {name})"
-            )
+            raise DataError(f"{path}: category id {number} is given twice ({categories[number].name}, {name})")
         categories[number] = Category(number, name)
     # Some exporters give the name of the whole group to one of its classes; results are kept by name.
     often = Counter(category.name for category in categories.values())
@@ -108,9 +104,7 @@ def _images(
         if not isinstance(name, str) or not name:
             raise DataError(f'{path}: image at index {index} has no "file_name"; expected a path as text')
         if not isinstance(image_id, (int, str)) or isinstance(image_id, bool):
-            raise DataError(
-                f'{path}: image at index {index} ({name}) has "id" {image_id!r}; expected a number'
-            )
+            raise DataError(f'{path}: image at index {index} ({name}) has "id" {image_id!r}; expected a number')
         if image_id in seen:
             raise DataError(f"{path}: image id {image_id} is given twice ({seen[image_id]}, {name})")
         seen[image_id] = name
@@ -133,9 +127,7 @@ def _size(path: Path, entry: dict[str, Any], name: str, found: Path, notes: Note
     if width is None or height is None:
         return image_size(found, notes)
     if not (finite(width) and finite(height) and width >= 1 and height >= 1):
-        raise DataError(
-            f"{path}: image {name} is {width!r} x {height!r}; expected width and height in pixels"
-        )
+        raise DataError(f"{path}: image {name} is {width!r} x {height!r}; expected width and height in pixels")
     return int(width), int(height)
 
 
@@ -175,9 +167,7 @@ def _object(
         notes.add("objects with an outline of fewer than 3 points left out", place)
         return None, image_id
     x, y, width, height = box
-    return RawObject(
-        place, (x, y, x + width, y + height), label_of[category], area, crowd, segmentation
-    ), image_id
+    return RawObject(place, (x, y, x + width, y + height), label_of[category], area, crowd, segmentation), image_id
 
 
 def _segmentation(place: str, value: Any, image: ImageRecord) -> Any:

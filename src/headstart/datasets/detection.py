@@ -109,9 +109,7 @@ class DetectionData:
             twice = [i for i in dict.fromkeys(ids) if ids.count(i) > 1]
             raise DataError(f"{self.source}: image id {named(twice)} chosen twice")
         chosen = [place[i] for i in ids]
-        return replace(
-            self, images=[self.images[i] for i in chosen], annotations=[self.annotations[i] for i in chosen]
-        )
+        return replace(self, images=[self.images[i] for i in chosen], annotations=[self.annotations[i] for i in chosen])
 
     def with_categories(self, categories: Sequence[Category]) -> DetectionData:
         """The same data with labels that count through ``categories``, matched by name.
@@ -124,13 +122,10 @@ class DetectionData:
         """
         wanted = {category.name: k + 1 for k, category in enumerate(categories)}
         used = {int(label) for a in self.annotations for label in a.labels}
-        foreign = [
-            self.categories[k - 1].name for k in sorted(used) if self.categories[k - 1].name not in wanted
-        ]
+        foreign = [self.categories[k - 1].name for k in sorted(used) if self.categories[k - 1].name not in wanted]
         if foreign:
             raise DataError(
-                f"{self.source}: has objects of category {named(foreign)}; "
-                f"expected only {named(wanted, len(wanted))}"
+                f"{self.source}: has objects of category {named(foreign)}; expected only {named(wanted, len(wanted))}"
             )
         to_new = np.array([0] + [wanted.get(c.name, 0) for c in self.categories], np.int64)
         annotations = [replace(a, labels=to_new[a.labels]) for a in self.annotations]
@@ -139,9 +134,7 @@ class DetectionData:
     def class_counts(self) -> dict[str, int]:
         """Objects of each category, crowds not counted."""
         labels = [a.labels[~a.iscrowd] for a in self.annotations]
-        counts = np.bincount(
-            np.concatenate([np.zeros(0, np.int64), *labels]), minlength=len(self.categories) + 1
-        )
+        counts = np.bincount(np.concatenate([np.zeros(0, np.int64), *labels]), minlength=len(self.categories) + 1)
         return {category.name: int(counts[k + 1]) for k, category in enumerate(self.categories)}
 
     def coco_image_id(self, index: int) -> int:
@@ -160,9 +153,7 @@ class DetectionData:
         annotations: list[dict[str, Any]] = []
         for index, (image, objects) in enumerate(zip(self.images, self.annotations, strict=True)):
             image_id = image.id if integer_ids else index + 1
-            images.append(
-                {"id": image_id, "file_name": image.file_name, "width": image.width, "height": image.height}
-            )
+            images.append({"id": image_id, "file_name": image.file_name, "width": image.width, "height": image.height})
             for k in range(len(objects)):
                 x0, y0, x1, y1 = (float(v) for v in objects.boxes[k])
                 annotation = {

@@ -138,9 +138,7 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{path}: too large; at most {MAX_PIXELS:,} pixels are read ({error})") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(
-            f"{path}: not an image of a known format; it begins with {_beginning(path)}"
-        ) from None
+        raise ImageError(f"{path}: not an image of a known format; it begins with {_beginning(path)}") from None
     # Pillow's readers meet damaged files with nearly any exception: SyntaxError, struct.error, zlib.error ...
     except Exception as error:
         raise ImageError(f"{path}: can't be decoded ({error or type(error).__name__})") from error

@@ -1,9 +1,10 @@
 """Scenes: a generated detection data set for the demo and the tests, so that both run without a download.
 
 Six kinds of objects are told apart by their shape, and by a texture and a family of colours that most objects of
-a class share, though neighbouring families overlap; size, angle and proportions say nothing about the class. They lie on textured backgrounds among
-clutter that has no label, overlap, and leave the image at its edges. Every object differs in colour from what
-is under it, so it is a segment that Selective Search can find; naming it takes more.
+a class share, though neighbouring families overlap; size, angle and proportions say nothing about the class. They
+lie on grounds of one muted family, as under a camera in a workshop, each with another texture, among clutter that has
+no label; they overlap, and leave the image at its edges. Every object differs in colour from what is under it, so it
+is a segment that Selective Search can find; naming it takes more.
 
 Image ``i`` of a split depends on (seed, split, i) and the size alone: asking for more images leaves the first
 ones as they were.
@@ -60,9 +61,7 @@ class ScenesSummary:
     seconds: float
 
     def table(self) -> Table:
-        table = Table(
-            Column("split", no_wrap=True), "images", "objects", *CLASSES, title=f"Scenes in {self.path}"
-        )
+        table = Table(Column("split", no_wrap=True), "images", "objects", *CLASSES, title=f"Scenes in {self.path}")
         for split, count in self.images.items():
             by_class = self.objects.get(split)
             cells = [str(by_class[name]) for name in CLASSES] if by_class else ["-"] * len(CLASSES)
@@ -263,9 +262,7 @@ def _clutter(rng: np.random.Generator, size_px: int, largest: float = 0.16) -> _
     return _rasterise(_CLUTTER[rng.integers(len(_CLUTTER))](rng), radius_px, rng, size_px, inside=-0.05)
 
 
-def _rasterise(
-    contours: Contours, radius_px: float, rng: np.random.Generator, size_px: int, inside: float
-) -> _Shape:
+def _rasterise(contours: Contours, radius_px: float, rng: np.random.Generator, size_px: int, inside: float) -> _Shape:
     """Stretch, turn and place; coverage by drawing at three times the size."""
     stretch = np.exp(rng.uniform(-0.2, 0.2) * np.array([1, -1]) / 2)
     turn = rng.uniform(0, 2 * np.pi)
@@ -336,9 +333,7 @@ def _paint(
     fill *= 1 + rng.uniform(0, 0.25) * _ramp(shape.alpha.shape[0], rng)[on_patch][:, :, None]
 
     drop = max(1, round(0.08 * shape.radius_px))
-    shadow = cv2.GaussianBlur(
-        np.roll(shape.alpha, (drop, drop), (0, 1)), (0, 0), 0.5 + 0.05 * shape.radius_px
-    )
+    shadow = cv2.GaussianBlur(np.roll(shape.alpha, (drop, drop), (0, 1)), (0, 0), 0.5 + 0.05 * shape.radius_px)
     canvas[on_image] *= 1 - 0.45 * shadow[on_patch][:, :, None]
     canvas[on_image] += alpha * (fill - canvas[on_image])
 
@@ -448,7 +443,7 @@ def _smooth_noise(size: int, cells: int, rng: np.random.Generator) -> np.ndarray
 
 def _background(rng: np.random.Generator, size_px: int) -> np.ndarray:
     """(S, S, 3) float32: noise, a gradient, stripes or patches in muted colours, with some grain."""
-    a, b = (_colour(rng, (0.05, 0.5), (0.15, 0.95)) for _ in range(2))
+    a, b = (_colour(rng, (0.05, 0.2), (0.35, 0.7)) for _ in range(2))
     b = a + (b - a) * np.float32(rng.uniform(0.3, 0.7))
     kind = rng.integers(4)
     if kind == 0:
@@ -521,9 +516,7 @@ def _text(counts: bytes | str) -> str:
     return counts.decode("ascii") if isinstance(counts, bytes) else counts
 
 
-def _coco(
-    split: str, seed: int, images: list[dict[str, Any]], annotations: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _coco(split: str, seed: int, images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:
     categories = [{"id": k + 1, "name": name, "supercategory": "shape"} for k, name in enumerate(CLASSES)]
     info = {"description": f"Headstart scenes, {split}, seed {seed}"}
     return {"info": info, "categories": categories, "images": images, "annotations": annotations}

@@ -30,9 +30,7 @@ class DetectionDataset(Dataset[tuple[torch.Tensor, dict[str, Any]]]):
         ImageError: (on access) the image can't be read, or has another size than its annotations say.
     """
 
-    def __init__(
-        self, data: DetectionData, indices: Sequence[int] | None = None, masks: bool = False
-    ) -> None:
+    def __init__(self, data: DetectionData, indices: Sequence[int] | None = None, masks: bool = False) -> None:
         if masks and not data.has_masks:
             raise DataError(f"{data.source}: has objects without a mask; use a detector without masks")
         self.data = data

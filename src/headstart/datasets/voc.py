@@ -101,9 +101,7 @@ def _layout(path: Path) -> tuple[Path, Path, list[str]]:
         root = path.resolve().parent.parent.parent
         folder = root / "Annotations"
         if not folder.is_dir():
-            raise DataError(
-                f"{path}: no folder {folder}; expected VOC's ImageSets/Main/<name>.txt beside Annotations/"
-            )
+            raise DataError(f"{path}: no folder {folder}; expected VOC's ImageSets/Main/<name>.txt beside Annotations/")
         # Lists of one class carry -1, 0 or 1 in a second column; the images are the same.
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -153,9 +151,7 @@ def _size(file: Path, tree: ElementTree.Element, found: Path, notes: Notes) -> t
     return (width, height) if width > 0 and height > 0 else image_size(found, notes)
 
 
-def _object(
-    file: Path, index: int, node: ElementTree.Element, label_of: dict[str, int], notes: Notes
-) -> RawObject:
+def _object(file: Path, index: int, node: ElementTree.Element, label_of: dict[str, int], notes: Notes) -> RawObject:
     name = (node.findtext("name") or "").strip()
     place = f"object {index + 1}, {name}, of {file.name}"
     corners = []
@@ -171,9 +167,7 @@ def _object(
         except ValueError:
             value = float("nan")
         if not finite(value):
-            raise DataError(
-                f"{file}: object {index + 1} ({name}) has <{corner}> {text!r}; expected a pixel number"
-            )
+            raise DataError(f"{file}: object {index + 1} ({name}) has <{corner}> {text!r}; expected a pixel number")
         corners.append(value)
     difficult = (node.findtext("difficult") or "0").strip() == "1"
     if difficult:

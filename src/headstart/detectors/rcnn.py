@@ -105,8 +105,7 @@ class RCNN(Detector):
     def normalise(self, images: Tensor) -> Tensor:
         transform = self.module.transform
         mean, std = (
-            torch.tensor(v, device=images.device).view(3, 1, 1)
-            for v in (transform.image_mean, transform.image_std)
+            torch.tensor(v, device=images.device).view(3, 1, 1) for v in (transform.image_mean, transform.image_std)
         )
         return (as_float(images) - mean) / std
 
@@ -168,9 +167,7 @@ class RCNN(Detector):
             here, there = torch.stack([counts, anywhere]).tolist()  # the only wait for the device
             used = [level for level, n in enumerate(there) if n or not self._has_fpn or not any(there)]
             pieces = rois[order].split([int(n) for n in here])
-            pooled = torch.cat(
-                [roi_align(maps[i], pieces[i], pooled_px, scales[i], ratio, aligned=True) for i in used]
-            )
+            pooled = torch.cat([roi_align(maps[i], pieces[i], pooled_px, scales[i], ratio, aligned=True) for i in used])
             pooled = pooled[order.argsort()]
             if torch.is_grad_enabled() and len(used) < len(maps):
                 pooled = pooled + self._nothing_from_levels_but(used)
@@ -211,7 +208,7 @@ class RCNN(Detector):
         return self.module([as_float(image) for image in images])
 
     def plain_code(self) -> str | None:
-        return None if self.settings is None else _plain_code(self.settings)
+        return _plain_code(self.settings) if isinstance(self.settings, RCNNSettings) else None
 
 
 def fpn_levels(boxes: Tensor) -> Tensor:
@@ -272,9 +269,7 @@ def _fpn(settings: RCNNSettings) -> FasterRCNN:
     if settings.name == "mask_rcnn":
         mask_head = MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm)
         mask_predictor = MaskRCNNPredictor(channels, channels, classes)
-        return MaskRCNN(
-            backbone, mask_head=mask_head, mask_predictor=mask_predictor, **parts, **_common(settings)
-        )
+        return MaskRCNN(backbone, mask_head=mask_head, mask_predictor=mask_predictor, **parts, **_common(settings))
     return FasterRCNN(backbone, **parts, **_common(settings))
 
 

@@ -94,9 +94,7 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
             f"({reason}). Save its state_dict() alone, best as .safetensors"
         ) from None
     except Exception as error:  # a damaged file shows as one of many kinds
-        raise WeightsError(
-            f"{path}: not a readable weights file ({str(error).splitlines()[0][:160]})"
-        ) from None
+        raise WeightsError(f"{path}: not a readable weights file ({str(error).splitlines()[0][:160]})") from None
     for key in NESTED_UNDER:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]

@@ -77,9 +77,7 @@ class SoCoSettings(Settings):
         None, ge=16, description="side of V3, px (Table 5a: 96 to 192). Unset: view_px / 2, the paper's 112"
     )
     star: bool = Field(False, description="SoCo*: a fourth view, another crop of V1")
-    v4_px: int | None = Field(
-        None, ge=16, description="side of V4, px. Unset: view_px x 6/7, the paper's 192"
-    )
+    v4_px: int | None = Field(None, ge=16, description="side of V4, px. Unset: view_px x 6/7, the paper's 192")
     instances: Literal["proposals", "random", "whole_image"] = Field(
         "proposals",
         description="what an object is: proposals; K random boxes (Table 5c); the whole image (Table 4: BYOL)",
@@ -116,10 +114,20 @@ class SoCo(Method[SoCoSettings]):
     def __init__(self, settings: SoCoSettings) -> None:
         super().__init__(settings)
         c = settings.colour
-        jitter = {"brightness": 0.4 * c, "contrast": 0.4 * c, "saturation": 0.2 * c, "hue": 0.1 * c}
-        v1 = Photometric(**jitter, grey_prob=0.2 * c, blur_prob=1.0, solarise_prob=0.0)
-        others = Photometric(**jitter, grey_prob=0.2 * c, blur_prob=0.1, solarise_prob=0.2 * c)
-        self.photometric = (v1, others, others, others)
+
+        def photometric(blur_prob: float, solarise_prob: float) -> Photometric:
+            return Photometric(
+                brightness=0.4 * c,
+                contrast=0.4 * c,
+                saturation=0.2 * c,
+                hue=0.1 * c,
+                grey_prob=0.2 * c,
+                blur_prob=blur_prob,
+                solarise_prob=solarise_prob * c,
+            )
+
+        others = photometric(blur_prob=0.1, solarise_prob=0.2)
+        self.photometric = (photometric(blur_prob=1.0, solarise_prob=0.0), others, others, others)
 
     # ---- what is chosen for the user --------------------------------------------------------------------------
 
@@ -204,11 +212,13 @@ class SoCo(Method[SoCoSettings]):
         """V2, then V3 and V4 where there are such."""
         s = self.settings
 
-        def crop(px: int) -> View:
+        def crop(px: int | None) -> View:
+            assert px is not None, "settle() fills it in"
             return crop_and_resize(v1, random_crop_box(*v1.size, rng, scale=s.crop_scale), (px, px))
 
         views = [crop(s.view_px)]
         if s.v3 == "downsample":
+            assert s.v3_px is not None
             views.append(resize(views[0], (s.v3_px, s.v3_px)))
         elif s.v3 == "independent_crop":
             views.append(crop(s.v3_px))
@@ -275,9 +285,7 @@ class SoCo(Method[SoCoSettings]):
         watched: dict[str, Any] = {"embedding_std": round(float(spread), 4)}
         levels = [self.levels(view.boxes) for view in views]
         if self.settings.fpn and levels[0] is not None:
-            counts = torch.cat([level.reshape(-1) for level in levels if level is not None]).bincount(
-                minlength=4
-            )
+            counts = torch.cat([level.reshape(-1) for level in levels if level is not None]).bincount(minlength=4)
             watched["level_share"] = [round(float(share), 3) for share in counts / counts.sum()]
         return watched
 

@@ -68,8 +68,7 @@ class ProposalSettings(BaseModel):
         default=0.3,
         ge=0,
         le=1,
-        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) >= this (W, H: image). "
-        "0.1 keeps small objects, too.",
+        description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) >= this (W, H: image). 0.1 keeps small objects, too.",
     )
     size_max: float = Field(
         default=0.8,
@@ -83,12 +82,8 @@ class ProposalSettings(BaseModel):
         description="When neither the filter nor its aspect rule alone keeps a box: keep those with both "
         "sides at least this long, in px (made for photos of about 500 px; scale it with yours).",
     )
-    random_boxes: int = Field(
-        default=4, ge=1, description="Boxes an image (random only). SoCo Table 5c: 1, 4, 8."
-    )
-    seed: int = Field(
-        default=0, ge=0, description="Seed of the random engine; each image has its own stream."
-    )
+    random_boxes: int = Field(default=4, ge=1, description="Boxes an image (random only). SoCo Table 5c: 1, 4, 8.")
+    seed: int = Field(default=0, ge=0, description="Seed of the random engine; each image has its own stream.")
     max_unreadable: float = Field(
         default=0.1,
         ge=0,

@@ -12,9 +12,7 @@ Fallback = Literal["", "ratio", "any_box", "whole_image"]
 FALLBACKS: tuple[Fallback, ...] = get_args(Fallback)[1:]
 
 
-def keep_boxes(
-    boxes: np.ndarray, width: int, height: int, settings: ProposalSettings
-) -> tuple[np.ndarray, Fallback]:
+def keep_boxes(boxes: np.ndarray, width: int, height: int, settings: ProposalSettings) -> tuple[np.ndarray, Fallback]:
     """Keep boxes with ``1/3 <= w/h <= 3`` and ``0.3 <= sqrt(wh)/sqrt(WH) <= 0.8`` (numbers: the settings').
 
     When none is left, in this order: the ratio rule alone ("ratio"); boxes with both sides at least

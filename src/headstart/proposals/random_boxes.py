@@ -15,9 +15,7 @@ class RandomBoxes:
     name = "random"
     version = "1"
 
-    def __init__(
-        self, count: int = 4, aspect_max: float = 3.0, size_min: float = 0.3, size_max: float = 0.8
-    ) -> None:
+    def __init__(self, count: int = 4, aspect_max: float = 3.0, size_min: float = 0.3, size_max: float = 0.8) -> None:
         """
         Args:
             count: boxes an image.

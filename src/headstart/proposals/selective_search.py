@@ -24,9 +24,7 @@ from headstart.errors import SettingsError
 class SelectiveSearch:
     name = "opencv"
 
-    def __init__(
-        self, scale: float = 500.0, sigma: float = 0.9, min_size: int = 10, colour: str = "hsv"
-    ) -> None:
+    def __init__(self, scale: float = 500.0, sigma: float = 0.9, min_size: int = 10, colour: str = "hsv") -> None:
         """
         Args:
             scale: Felzenszwalb's k, for pixel values 0..255.

@@ -92,9 +92,7 @@ def load_finetuned(run: Path) -> tuple[Detector, list[str]]:
     """
     record = read_record(run)
     if record["kind"] != "finetune":
-        raise RunError(
-            f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}"
-        )
+        raise RunError(f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}")
     file = run / DETECTOR_FILE
     if not file.is_file():
         raise RunError(f"{run}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")

@@ -83,9 +83,7 @@ class _Labelled:
 
     def to(self, device: torch.device) -> _Labelled:
         self.images = [image.to(device, non_blocking=True) for image in self.images]
-        self.targets = [
-            {k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets
-        ]
+        self.targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in self.targets]
         return self
 
     def pin_memory(self) -> _Labelled:

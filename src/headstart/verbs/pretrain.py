@@ -271,18 +271,14 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
         epochs = train.epochs or max(EPOCHS, MIN_STEPS / per_epoch)
         train.max_steps = max(1, round(epochs * per_epoch))
         if train.epochs is None:
-            notes_.append(
-                f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} images (--epochs, --max-steps)"
-            )
+            notes_.append(f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} images (--epochs, --max-steps)")
     advised = method.optimizer(train.batch_size)
     notes_ += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
     notes_ += method.settle(detector, train.max_steps)
     return notes_
 
 
-def _proposals(
-    folder: Path, file: Path, settings: ProposalSettings, cache: Path, show: bool
-) -> ProposalStore:
+def _proposals(folder: Path, file: Path, settings: ProposalSettings, cache: Path, show: bool) -> ProposalStore:
     """Boxes of ``folder`` from ``file``, which the main process makes first where it is absent."""
     if distributed.is_main():
         if not file.is_file():

@@ -81,8 +81,7 @@ class ProposeSummary:
         numbers = self.boxes_per_image
         table.add_row(
             "boxes an image",
-            f"mean {numbers['mean']:.1f}, median {numbers['median']:g}, "
-            f"min {numbers['min']:g}, max {numbers['max']:g}",
+            f"mean {numbers['mean']:.1f}, median {numbers['median']:g}, min {numbers['min']:g}, max {numbers['max']:g}",
         )
         table.add_row("box size", self._histogram())
         used = [f"{name}: {count:,}" for name, count in self.fallbacks.items() if count]

@@ -58,8 +58,7 @@ def make_ground_truth(folder: Path, count: int = 16, classes: list[str] = CLASSE
         annotation["id"] = k + 1
     truth = {
         "images": [
-            {"id": i + 1, "file_name": f"photo {i:03d}.jpg", "width": SIZE[0], "height": SIZE[1]}
-            for i in range(count)
+            {"id": i + 1, "file_name": f"photo {i:03d}.jpg", "width": SIZE[0], "height": SIZE[1]} for i in range(count)
         ],
         "annotations": annotations,
         "categories": [{"id": 10 * (k + 1), "name": name} for k, name in enumerate(classes)],
@@ -98,9 +97,7 @@ def make_detections(truth: dict[str, Any], quality: float, seed: int) -> list[di
     return found
 
 
-def write_log(
-    folder: Path, steps: int, start: float, end: float, terms: list[str], seed: int, watch: bool
-) -> None:
+def write_log(folder: Path, steps: int, start: float, end: float, terms: list[str], seed: int, watch: bool) -> None:
     rng = np.random.default_rng(seed)
     with open(folder / "log.jsonl", "w") as log:
         for step in range(10, steps + 1, 10):

@@ -157,9 +157,7 @@ def test_only_a_pretraining_run(tmp_path: Path) -> None:
     assert "No results yet" in page.words()
     assert f"headstart finetune '{run}' --train" in page.words()
     assert "Spread of the embeddings" in page.words()
-    counts = [
-        svg["aria-label"] or "" for svg in page.all("svg") if "Histogram" in (svg.get("aria-label") or "")
-    ]
+    counts = [svg["aria-label"] or "" for svg in page.all("svg") if "Histogram" in (svg.get("aria-label") or "")]
     assert len(counts) == 2
 
 

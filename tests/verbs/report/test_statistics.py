@@ -159,8 +159,7 @@ def test_words_for_several_budgets_and_for_labels_saved() -> None:
         "+10.3 with 10 labelled images (shown) and +1.0 with 25 labelled images (not shown)."
     )
     assert sentences[1] == (
-        "By the means alone, SoCo with 10 labelled images (31.3 AP) does at least as well as scratch with 25 "
-        "(29.0)."
+        "By the means alone, SoCo with 10 labelled images (31.3 AP) does at least as well as scratch with 25 (29.0)."
     )
 
 

@@ -38,15 +38,11 @@ def report(
         RunError: a folder is not a run, none is given, or ``out`` can't be written.
     """
     if images < 0 or not 0 <= threshold <= 1:
-        raise RunError(
-            f"report: images={images}, threshold={threshold}; expected images >= 0, threshold in 0..1"
-        )
+        raise RunError(f"report: images={images}, threshold={threshold}; expected images >= 0, threshold in 0..1")
     folders = [runs] if isinstance(runs, str | Path) else list(runs)
     out = Path(out)
     if out.is_dir():
-        raise RunError(
-            f"{out}: is a folder; expected the name of an HTML file, for example {out / 'report.html'}"
-        )
+        raise RunError(f"{out}: is a folder; expected the name of an HTML file, for example {out / 'report.html'}")
 
     records = read_runs(folders)
     looks = Looks(records)

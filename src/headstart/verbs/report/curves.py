@@ -37,9 +37,7 @@ def _pretraining(run: Run, name: str) -> Pretraining:
         facts.append(short_time(run.seconds))
     section = Pretraining(run, f"{run.name}: {', '.join(facts)}", [], [])
     if not run.log:
-        section.notes.append(
-            Note("Nothing was logged yet (log.jsonl is missing or empty).", run.resume_command)
-        )
+        section.notes.append(Note("Nothing was logged yet (log.jsonl is missing or empty).", run.resume_command))
         return section
 
     steps = np.array([entry["step"] for entry in run.log], np.float64)
@@ -47,8 +45,7 @@ def _pretraining(run: Run, name: str) -> Pretraining:
     lines = [Curve("loss", Look(1), steps, _column(run.log, "loss")[None])]
     if len(terms) > 1:
         lines += [
-            Curve(term, Look(2 + i), steps, _column(run.log, "terms", term)[None])
-            for i, term in enumerate(terms)
+            Curve(term, Look(2 + i), steps, _column(run.log, "terms", term)[None]) for i, term in enumerate(terms)
         ]
     first, last = float(lines[0].values[0, 0]), float(lines[0].values[0, -1])
     section.figures.append(
@@ -101,9 +98,7 @@ def _pretraining(run: Run, name: str) -> Pretraining:
             )
         )
     if len(section.figures) == 1:
-        section.notes.append(
-            Note("The log has no collapse watch (embedding spread, share of boxes a level).")
-        )
+        section.notes.append(Note("The log has no collapse watch (embedding spread, share of boxes a level)."))
     return section
 
 

@@ -108,9 +108,7 @@ class Look:
 
     @property
     def dasharray(self) -> str:
-        return (
-            "" if isinstance(self.dashes, str) else " ".join(f"{1.6 * length:g}" for length in self.dashes[1])
-        )
+        return "" if isinstance(self.dashes, str) else " ".join(f"{1.6 * length:g}" for length in self.dashes[1])
 
     @property
     def marker_path(self) -> str:
@@ -139,9 +137,7 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
     """Inline SVG: no document header, ids of its own, scales with the page, text for screen readers."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure.savefig(
-            buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None}
-        )
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Type": None, "Format": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
@@ -171,9 +167,7 @@ def ap_against_labels(series: Sequence[Series], name: str, alt: str, metric: str
     budgets = sorted({x for s in series for x in s.values})
     with _figure(5.6, 3.4) as (figure, axes):
         # At one budget the seeds of different lines would cover each other: each line stands a little aside.
-        offsets = (
-            np.linspace(-1, 1, len(series)) * min(0.02 * len(series), 0.06) if len(series) > 1 else [0.0]
-        )
+        offsets = np.linspace(-1, 1, len(series)) * min(0.02 * len(series), 0.06) if len(series) > 1 else [0.0]
         for one, offset in zip(series, offsets, strict=True):
             x = np.array(sorted(one.values)) * np.exp(offset)
             values = [100 * np.array(one.values[b]) for b in sorted(one.values)]
@@ -314,9 +308,7 @@ def smoothing_window(points: int) -> int:
     return 2 * (points // 80) + 1
 
 
-def smooth_band(
-    steps: np.ndarray, values: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def smooth_band(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean, lowest, highest) over runs after a centred moving mean of each, thinned to ``POINTS``."""
     window = smoothing_window(values.shape[1])
     smooth = np.stack([moving_mean(row, window) for row in values])

@@ -29,9 +29,7 @@ class Gallery:
     notes: list[Note] = field(default_factory=list)
 
 
-def gallery(
-    groups: Sequence[Group], looks: Looks, photos: Pictures, images: int, threshold: float
-) -> Gallery:
+def gallery(groups: Sequence[Group], looks: Looks, photos: Pictures, images: int, threshold: float) -> Gallery:
     """The first seed of each group; ``images`` photos, spread evenly over those with objects."""
     page = Gallery([], [], threshold)
     if not images:
@@ -79,9 +77,7 @@ def _truth(data: DetectionData, index: int, thumb: pictures.Thumbnail, shown: se
     shown.update(labels)
     names = [data.categories[label - 1].name for label in labels]
     alt = f"{data.images[index].file_name}: ground truth, {words.plural(len(labels), 'object')}"
-    return _picture(
-        thumb, np.asarray(truth.boxes, np.float64).reshape(-1, 4), labels, names, "ground truth", alt
-    )
+    return _picture(thumb, np.asarray(truth.boxes, np.float64).reshape(-1, 4), labels, names, "ground truth", alt)
 
 
 def _found(
@@ -107,9 +103,7 @@ def _found(
     labels = [label_of[d["category_id"]] for d in kept]
     shown.update(labels)
     names = [f"{data.categories[k - 1].name} {d['score']:.2f}" for k, d in zip(labels, kept, strict=True)]
-    return _picture(
-        thumb, boxes, labels, names, caption, f"{data.images[index].file_name}: {label}, {remark}"
-    )
+    return _picture(thumb, boxes, labels, names, caption, f"{data.images[index].file_name}: {label}, {remark}")
 
 
 def _load_ground_truth(source: str, run: Run) -> DetectionData:
@@ -145,9 +139,7 @@ def _detections_of_groups(
                     kept = {key: detection[key] for key in ("category_id", "bbox", "score")}
                     by_image.setdefault(detection["image_id"], []).append(kept)
         except (DataError, KeyError, TypeError) as error:
-            reason = (
-                str(error) if isinstance(error, DataError) else f"{evaluation.detections}: no COCO results"
-            )
+            reason = str(error) if isinstance(error, DataError) else f"{evaluation.detections}: no COCO results"
             notes.append(Note(f"{label}: {reason}", redo))
             continue
         found.append((group, by_image))

@@ -89,9 +89,7 @@ class Setting:
         return len(self.values) > 1
 
 
-def results(
-    runs: Sequence[Run], looks: Looks, photos: Pictures, images: int, threshold: float
-) -> list[Results]:
+def results(runs: Sequence[Run], looks: Looks, photos: Pictures, images: int, threshold: float) -> list[Results]:
     """One entry for each data set that runs were evaluated on, the one with most runs first."""
     by_data: dict[tuple[str, int], list[tuple[Run, Evaluation]]] = {}
     for run in runs:
@@ -201,9 +199,7 @@ def _labels_figure(groups: Sequence[Group], looks: Looks, name: str) -> Shown:
             for line in lines
         )
         return Shown(
-            figures.ap_against_labels(
-                lines, f"{name}-labels", f"AP in % against labelled images. {described}"
-            ),
+            figures.ap_against_labels(lines, f"{name}-labels", f"AP in % against labelled images. {described}"),
             "Large marks: mean over seeds. Small marks: each seed. Bars: lowest to highest seed. The "
             "horizontal "
             "axis is logarithmic; lines stand a little apart so that they do not cover each other.",
@@ -211,9 +207,7 @@ def _labels_figure(groups: Sequence[Group], looks: Looks, name: str) -> Shown:
     shown = [group for group in groups if group.values("AP")]
     if not shown:
         return Shown("", "No evaluation here holds an AP for boxes.")
-    strips = [
-        Series(looks.labels[g.key.start], looks.looks[g.key.start], {0.0: g.values("AP")}) for g in shown
-    ]
+    strips = [Series(looks.labels[g.key.start], looks.looks[g.key.start], {0.0: g.values("AP")}) for g in shown]
     described = "; ".join(
         f"{strip.label}: {', '.join(words.percent(v) for v in strip.values[0.0])}" for strip in strips
     )
@@ -246,9 +240,7 @@ def _class_tables(groups: Sequence[Group], looks: Looks) -> list[ClassTable]:
             for name in names:
                 cells = []
                 for group in mine:
-                    values = [
-                        e.per_class.get(iou_type, {}).get(name, {}).get("AP") for e in group.evaluations
-                    ]
+                    values = [e.per_class.get(iou_type, {}).get(name, {}).get("AP") for e in group.evaluations]
                     defined = [value for value in values if value is not None]
                     cells.append(words.percent(sum(defined) / len(defined)) if defined else "–")
                 rows.append((name, cells))
@@ -265,20 +257,14 @@ def settings(runs: Sequence[Run]) -> list[tuple[str, list[Setting]]]:
         mine = [run for run in runs if run.kind == kind]
         if not mine:
             continue
-        configs = [
-            run.config if "train.seed" in run.config else {**run.config, "seed": run.seed} for run in mine
-        ]
+        configs = [run.config if "train.seed" in run.config else {**run.config, "seed": run.seed} for run in mine]
         rows = []
         for key in dict.fromkeys(key for config in configs for key in config):
             having: dict[str, list[str]] = {}
             for run, config in zip(mine, configs, strict=True):
-                having.setdefault(_value_text(config[key]) if key in config else "not set", []).append(
-                    run.name
-                )
+                having.setdefault(_value_text(config[key]) if key in config else "not set", []).append(run.name)
             rows.append(
-                Setting(
-                    key, [(v, "" if len(having) == 1 else ", ".join(names)) for v, names in having.items()]
-                )
+                Setting(key, [(v, "" if len(having) == 1 else ", ".join(names)) for v, names in having.items()])
             )
         tables.append((title, sorted(rows, key=lambda row: (not row.differs, row.key))))
     return tables
@@ -339,9 +325,7 @@ def missing(runs: Sequence[Run], found: Sequence[Results]) -> list[Note]:
             )
         )
     given = {run.path.resolve() for run in runs}
-    sources = {
-        str(run.start.get("from")) for run in tuned if run.method != "scratch" and run.start.get("from")
-    }
+    sources = {str(run.start.get("from")) for run in tuned if run.method != "scratch" and run.start.get("from")}
     for source in sorted(sources):
         path = Path(source)
         folder = path if path.is_dir() else path.parent

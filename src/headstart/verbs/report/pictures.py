@@ -18,9 +18,7 @@ JPEG_QUALITY = 80
 TEXT_PX = 10.0  # of labels, in units; report.css draws them at this size
 CLASS_COLORS = ("#56b4e9", "#e69f00", "#2fd3a2", "#f0e442", "#ff7f50", "#f2a7d6", "#7b9cff", "#ffffff")
 CLASS_DASHES = ("", "6 3", "2 2", "8 2 2 2")
-LABELS_UP_TO = (
-    10  # boxes; in a fuller picture labels would hide the objects, they come back when it is enlarged
-)
+LABELS_UP_TO = 10  # boxes; in a fuller picture labels would hide the objects, they come back when it is enlarged
 
 
 @dataclass(frozen=True)
@@ -81,9 +79,7 @@ def thumbnail(path: Path, key: str, width: int) -> Thumbnail:
 def class_style(label: int) -> tuple[str, str]:
     """Colour and dashes of class ``label`` (1 is the first); a colour comes again only with other dashes."""
     index = label - 1
-    return CLASS_COLORS[index % len(CLASS_COLORS)], CLASS_DASHES[
-        index // len(CLASS_COLORS) % len(CLASS_DASHES)
-    ]
+    return CLASS_COLORS[index % len(CLASS_COLORS)], CLASS_DASHES[index // len(CLASS_COLORS) % len(CLASS_DASHES)]
 
 
 def marks(

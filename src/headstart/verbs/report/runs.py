@@ -176,9 +176,7 @@ def read_runs(paths: Iterable[Path | str]) -> list[Run]:
         unique.setdefault(Path(path).resolve(), Path(path))
     if not unique:
         raise RunError("report: no run folder given; expected for example: headstart report runs/*")
-    return sorted(
-        (read_run(path) for path in unique.values()), key=lambda run: str(run.record.get("created"))
-    )
+    return sorted((read_run(path) for path in unique.values()), key=lambda run: str(run.record.get("created")))
 
 
 def read_run(path: Path) -> Run:
@@ -286,9 +284,7 @@ def start_names(starts: Sequence[Start]) -> dict[Start, str]:
     "SoCo", or "SoCo (600 steps)" when there is another SoCo; with the detector's settings in which they
     differ. Starts which differ in the length of fine-tuning alone share a name.
     """
-    several_pretrainings = len({(s.method, s.pretrain_steps) for s in starts}) > len(
-        {s.method for s in starts}
-    )
+    several_pretrainings = len({(s.method, s.pretrain_steps) for s in starts}) > len({s.method for s in starts})
     detectors = {s.detector: json.loads(s.detector) for s in starts}
     keys = dict.fromkeys(key for settings in detectors.values() for key in settings)
     differing = [key for key in keys if len({json.dumps(s.get(key)) for s in detectors.values()}) > 1]

@@ -99,9 +99,7 @@ def compare(ours: Group, other: Group, metric: str = "AP", iou_type: str = "bbox
     seeds = sorted(a.keys() & b.keys())
     paired = tuple(a[seed] - b[seed] for seed in seeds)
     balanced = len(seeds) >= 3
-    difference = (
-        statistics.fmean(paired) if balanced else statistics.fmean(a.values()) - statistics.fmean(b.values())
-    )
+    difference = statistics.fmean(paired) if balanced else statistics.fmean(a.values()) - statistics.fmean(b.values())
     one_way = bool(paired) and (min(paired) > 0 or max(paired) < 0)
     apart = min(a.values()) > max(b.values()) or max(a.values()) < min(b.values())
     if min(len(a), len(b)) < 3:
@@ -130,9 +128,7 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
         if ours.key.start.method == "scratch":
             continue
         others = [g for g in groups if g is not ours and comparable(ours, g)]
-        for other in sorted(
-            others, key=lambda g: (g.key.start.method != "scratch", not same_length(ours, g))
-        ):
+        for other in sorted(others, key=lambda g: (g.key.start.method != "scratch", not same_length(ours, g))):
             if other.key.start.method == "scratch" or (
                 same_length(ours, other) and groups.index(ours) > groups.index(other)
             ):

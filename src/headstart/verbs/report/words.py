@@ -84,8 +84,7 @@ def _verdict(comparison: Comparison) -> str:
 def _several_budgets(found: Sequence[Comparison], names: Mapping[Start, str]) -> str:
     first = found[0]
     parts = [
-        f"{signed(c.difference)} with {budget_title(c.ours.key, c.ours.labelled_images)} ({c.verdict})"
-        for c in found
+        f"{signed(c.difference)} with {budget_title(c.ours.key, c.ours.labelled_images)} ({c.verdict})" for c in found
     ]
     name = names[first.ours.key.start]
     listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
@@ -109,9 +108,7 @@ def _other(comparison: Comparison, names: Mapping[Start, str]) -> str:
 
 
 def _with_other(comparison: Comparison, names: Mapping[Start, str]) -> str:
-    return (
-        f"{'from' if comparison.other.key.start.method == 'scratch' else 'with'} {_other(comparison, names)}"
-    )
+    return f"{'from' if comparison.other.key.start.method == 'scratch' else 'with'} {_other(comparison, names)}"
 
 
 def labels_saved(groups: Sequence[Group], names: Mapping[Start, str]) -> list[str]:
@@ -147,9 +144,7 @@ def doubts(groups: Sequence[Group], labels: Mapping[Start, str]) -> list[str]:
     """What weakens the numbers: named once each, so that nobody has to find out later."""
     notes = []
     for start in dict.fromkeys(group.key.start for group in groups if group.key.start.method != "scratch"):
-        sources = [
-            str(run.start.get("from")) for group in groups if group.key.start == start for run in group.runs
-        ]
+        sources = [str(run.start.get("from")) for group in groups if group.key.start == start for run in group.runs]
         if len(sources) > 1 and len(set(sources)) == 1:
             notes.append(
                 f"{labels[start]}: the {len(sources)} runs start from one pretrained checkpoint "
@@ -164,9 +159,7 @@ def doubts(groups: Sequence[Group], labels: Mapping[Start, str]) -> list[str]:
         seeds = [run.seed for run in runs]
         twice = sorted({seed for seed in seeds if seed is not None and seeds.count(seed) > 1})
         if twice:
-            notes.append(
-                f"{where}: seed {', '.join(map(str, twice))} occurs more than once; paired by its mean."
-            )
+            notes.append(f"{where}: seed {', '.join(map(str, twice))} occurs more than once; paired by its mean.")
         differing = {key for key in differing_settings(runs) if not _harmless(key)}
         if differing:
             notes.append(
