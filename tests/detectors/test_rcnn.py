@@ -84,6 +84,19 @@ def test_features_are_what_the_detector_itself_computes(tiny):
         torch.testing.assert_close(map_, theirs[name], atol=1e-5, rtol=1e-4)
 
 
+def test_pixels_are_normalised_as_the_detector_does_it(tiny):
+    """uint8 and float give the same, and the images that came in stay as they were."""
+    detector = detectors.build(RCNNSettings(**tiny, image_mean=[0.1, 0.2, 0.3], image_std=[0.5, 0.6, 0.7]))
+    bytes_ = torch.randint(0, 256, (2, 3, 9, 7), dtype=torch.uint8)
+    floats = bytes_.float() / 255
+    before = bytes_.clone(), floats.clone()
+    expected = torch.stack([detector.module.transform.normalize(image) for image in floats])
+    torch.testing.assert_close(detector.normalise(bytes_), expected)
+    torch.testing.assert_close(detector.normalise(floats), expected)
+    assert torch.equal(bytes_, before[0])
+    assert torch.equal(floats, before[1])
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("chosen", [[1, 1, 3], [0, 2, 2], [2, 2, 2], [3, 3, 3]])
 def test_levels_without_boxes_get_the_gradient_they_always_had(tiny, chosen, layout):
