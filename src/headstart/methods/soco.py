@@ -254,8 +254,8 @@ class SoCo(Method[SoCoSettings]):
         if not self.settings.scale_aware:
             return None
         assert self.settings.level_px is not None
-        bounds = torch.tensor(self.settings.level_px, device=boxes.device)
-        return torch.bucketize(side(boxes), bounds)
+        sides = side(boxes)
+        return torch.stack([sides > px for px in self.settings.level_px]).sum(dim=0)
 
     def describe(self, net: Net, view: ViewBatch) -> Tensor:
         """g(f^H(RoIAlign(f^I(V), b))), Eq. 1-4: (B * K, dim)."""
