@@ -372,7 +372,7 @@ def test_every_recipe_is_valid():
         section = recipes.read(name, "pretrain")
         detector = section["detector"]["name"]
         config = validate(pretrain.config_type("soco", detector), section, name)
-        assert config.method.tau == 0.99
+        assert config.method.tau == (None if name == "small_cpu" else 0.99)
         validate(finetune.config_type(detector), recipes.read(name, "finetune"), name)
 
 
