@@ -65,15 +65,15 @@ class Row:
 
 
 ROWS = {
-    "r18": Row("ResNet-18 FPN", (480, 640), 224, 8, {"detector.backbone": "resnet18"}),
+    "r18": Row("R18 FPN", (480, 640), 224, 8, {"detector.backbone": "resnet18"}),
     "r18-small": Row(
-        "ResNet-18 FPN64",
+        "R18 FPN64",
         (160, 160),
         96,
         16,
         {"detector.backbone": "resnet18", "detector.fpn_channels": 64, "detector.head_width": 256},
     ),
-    "r50": Row("ResNet-50 FPN", (480, 640), 224, 4, {"detector.backbone": "resnet50"}),
+    "r50": Row("R50 FPN", (480, 640), 224, 4, {"detector.backbone": "resnet50"}),
 }
 
 
