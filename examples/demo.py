@@ -26,9 +26,9 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 RECIPE = HERE / "demo.yaml"
-LABELS = "10"
+LABELS = "25"
 SEEDS = (0, 1, 2)
-STEPS = 150
+STEPS = 100
 LONGER = 2  # times as many steps for the control
 console = Console(highlight=False)
 
@@ -60,6 +60,11 @@ def finetune(start: Path | str, name: str, steps: int, seed: int, data: Path, ru
         threads=1,
         quiet=True,
     )
+    console.print(f"  {out.name}: AP {100 * box_metric(out, 'AP'):.1f} %", soft_wrap=True)
+
+
+def box_metric(run: Path, name: str) -> float:
+    return json.loads((run / "eval.json").read_text())["metrics"]["bbox"][name]
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def main() -> None:
     start = time.monotonic()
 
     if not (data / "val.json").is_file():
-        headstart("scenes", data, "--unlabelled", 1000, "--train", 64, "--val", 200)
+        headstart("scenes", data, "--unlabelled", 1000, "--train", 64, "--val", 100)
     pretrained = runs / "soco"
     if not finished(pretrained):
         headstart(*("pretrain", "soco", data / "unlabelled", "--recipe", RECIPE, "--out", pretrained, "--resume"))
@@ -83,7 +88,7 @@ def main() -> None:
         ("scratch", "scratch", STEPS),
         ("scratch", "scratch-longer", LONGER * STEPS),
     ]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 1)) as pool:
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         jobs = [
             pool.submit(finetune, origin, name, steps, seed, data, runs)
             for origin, name, steps in sorted(arms, key=lambda arm: -arm[2])
@@ -98,10 +103,9 @@ def main() -> None:
     for column in ("start", "steps", "AP", "", "AP50", ""):
         table.add_column(column, justify="left" if column == "start" else "right")
     for _, name, steps in arms:
-        found = [json.loads((runs / f"{name}-seed{seed}" / "eval.json").read_text()) for seed in SEEDS]
         cells = []
         for metric in ("AP", "AP50"):
-            values = [100 * run["metrics"]["bbox"][metric] for run in found]
+            values = [100 * box_metric(runs / f"{name}-seed{seed}", metric) for seed in SEEDS]
             cells += [f"{statistics.mean(values):.1f}", f"± {statistics.stdev(values):.1f}"]
         table.add_row(name, str(steps), *cells)
     console.print(table)

@@ -33,10 +33,10 @@ CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS = ("unlabelled", "train", "val")  # the place in this tuple seeds the split: append only
 MIN_SIZE_PX = 48
 MIN_VISIBLE = 0.4
-OBJECT_SCALE = (0.18, 0.5)  # of the image's side
-TYPICAL_TEXTURE = 0.85  # share of the objects that wear their class's texture; the others wear any
-TYPICAL_COLOUR = 0.85  # share of the objects whose colour is of their class's family; the others have any
-HUE_SPREAD = 0.06  # standard deviation of a family's hue, of a full turn; families are 1/6 apart
+OBJECT_SCALE = (0.15, 0.4)  # of the image's side
+TYPICAL_TEXTURE = 0.9  # share of the objects that wear their class's texture; the others wear any
+TYPICAL_COLOUR = 0.9  # share of the objects whose colour is of their class's family; the others have any
+HUE_SPREAD = 0.04  # standard deviation of a family's hue, of a full turn; families are 1/6 apart
 MARKER = "scenes.json"
 
 _OVERSAMPLING = 3
@@ -141,13 +141,13 @@ def draw_scene(split: str, index: int, *, size_px: int = 96, seed: int = 0) -> S
     """Image ``index`` of ``split``, before JPEG compression."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     canvas = _background(rng, size_px)
-    for _ in range(rng.integers(2, 7)):
+    for _ in range(rng.integers(0, 5)):
         _paint(canvas, _clutter(rng, size_px), rng)
 
     labels: list[int] = []
     visible: list[np.ndarray] = []  # (S, S) float32 each, 0..1
     areas: list[float] = []  # of the whole shape, hidden parts and parts outside the image included
-    for _ in range(rng.integers(1, 6)):
+    for _ in range(rng.integers(2, 8)):
         least = MIN_VISIBLE if rng.uniform() < 0.5 else 0.75  # half of them keep to themselves
         for _attempt in range(8):
             label = int(rng.integers(len(CLASSES)))
@@ -163,7 +163,7 @@ def draw_scene(split: str, index: int, *, size_px: int = 96, seed: int = 0) -> S
                 _paint(canvas, shape, rng, pattern, _MIN_COLOUR_DISTANCE, hue)
                 labels, visible, areas = labels + [label + 1], after, whole
                 break
-    for _ in range(rng.integers(0, 3)):  # and some clutter in front
+    for _ in range(rng.integers(0, 2)):  # and some clutter in front
         shape = _clutter(rng, size_px, largest=0.1)
         after = [v * (1 - _full(shape, size_px)) for v in visible]
         if all(v.sum() >= MIN_VISIBLE * a for v, a in zip(after, areas, strict=True)):
