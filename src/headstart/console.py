@@ -76,7 +76,7 @@ def progress(description: str, total: int, unit: str = "images", show: bool = Tr
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=notes) as live:
+    with Progress(*columns, console=notes, refresh_per_second=4) as live:
         yield Bar(description, total, unit, live)
 
 

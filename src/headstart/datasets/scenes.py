@@ -33,7 +33,7 @@ CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS = ("unlabelled", "train", "val")  # the place in this tuple seeds the split: append only
 MIN_SIZE_PX = 48
 MIN_VISIBLE = 0.4
-OBJECT_SCALE = (0.15, 0.4)  # of the image's side
+OBJECT_SCALE = (0.22, 0.5)  # of the image's side
 TYPICAL_TEXTURE = 0.9  # share of the objects that wear their class's texture; the others wear any
 TYPICAL_COLOUR = 0.9  # share of the objects whose colour is of their class's family; the others have any
 HUE_SPREAD = 0.04  # standard deviation of a family's hue, of a full turn; families are 1/6 apart
@@ -147,7 +147,7 @@ def draw_scene(split: str, index: int, *, size_px: int = 96, seed: int = 0) -> S
     labels: list[int] = []
     visible: list[np.ndarray] = []  # (S, S) float32 each, 0..1
     areas: list[float] = []  # of the whole shape, hidden parts and parts outside the image included
-    for _ in range(rng.integers(2, 8)):
+    for _ in range(rng.integers(1, 6)):
         least = MIN_VISIBLE if rng.uniform() < 0.5 else 0.75  # half of them keep to themselves
         for _attempt in range(8):
             label = int(rng.integers(len(CLASSES)))
