@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RECIPE = HERE / "demo.yaml"
 LABELS = "25"
 SEEDS = (0, 1, 2)
-STEPS = 100
+STEPS = 150
 LONGER = 2  # times as many steps for the control
 console = Console(highlight=False)
 
@@ -78,7 +78,7 @@ def main() -> None:
     start = time.monotonic()
 
     if not (data / "val.json").is_file():
-        headstart("scenes", data, "--unlabelled", 1000, "--train", 64, "--val", 100)
+        headstart("scenes", data, "--unlabelled", 1000, "--train", 64, "--val", 100, "--size", 64)
     pretrained = runs / "soco"
     if not finished(pretrained):
         headstart(*("pretrain", "soco", data / "unlabelled", "--recipe", RECIPE, "--out", pretrained, "--resume"))
