@@ -184,7 +184,10 @@ class _Methods(TyperGroup):
 def _pretrain_with(method: str) -> Any:
     def command(
         images: Images,
-        detector: Annotated[str, typer.Option("--detector", help="faster_rcnn or mask_rcnn.")] = "faster_rcnn",
+        detector: Annotated[
+            str | None,
+            typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: the recipe's, or faster_rcnn]"),
+        ] = None,
         backbone: Backbone = None,
         out: Out = None,
         proposals: Annotated[

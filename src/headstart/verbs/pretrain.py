@@ -138,7 +138,7 @@ class _Loader:
 
 
 def pretrain(
-    detector: nn.Module | str = "faster_rcnn",
+    detector: nn.Module | str | None = None,
     images: Path | str = ".",
     method: str = "soco",
     *,
@@ -158,7 +158,8 @@ def pretrain(
     """Pretrain ``detector`` on a folder of images, without labels.
 
     Args:
-        detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place.
+        detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place; None:
+            the recipe's, or "faster_rcnn".
         images: folder, read with all its subfolders.
         method: name of the pretraining method.
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
@@ -180,14 +181,13 @@ def pretrain(
     Raises:
         DataError, SettingsError, RunError, TrainingError: each says what is wrong, where, and what was expected.
     """
-    given = None if isinstance(detector, str) else detector
+    given = detector if isinstance(detector, nn.Module) else None
     section = recipes.read(recipe, "pretrain")
     named = section.get("method", {}).pop("name", method) if "method" in section else method
     if named != method:
         raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
-    # A name given on the command line wins over the recipe's; the default does not.
-    name = section.get("detector", {}).get("name", "faster_rcnn") if detector == "faster_rcnn" else detector
-    kind = config_type(method, name if given is None else "faster_rcnn")
+    name = detector if isinstance(detector, str) else section.get("detector", {}).get("name", "faster_rcnn")
+    kind = config_type(method, name)
     explicit = {
         "detector.name": name if given is None else None,
         "detector.backbone": backbone,
