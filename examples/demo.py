@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RECIPE = HERE / "demo.yaml"
 LABELS = "25"
 SEEDS = (0, 1, 2)
-STEPS = 150
+STEPS = 160
 LONGER = 2  # times as many steps for the control
 console = Console(highlight=False)
 

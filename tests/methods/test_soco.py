@@ -290,6 +290,12 @@ def test_c4_has_no_third_view_and_pools_from_c4(photo):
     assert torch.isfinite(terms["align"])
 
 
+def test_an_fpn_without_batch_norm_is_pointed_out():
+    for head, said in (("2fc", True), ("4conv1fc", False)):
+        notes = SoCo(SoCoSettings()).settle(detector(head=head), 100)
+        assert any("fpn_norm=bn" in note for note in notes) == said
+
+
 def test_a_detector_without_a_box_head_is_refused():
     class Odd:
         parts = ("backbone", "neck")

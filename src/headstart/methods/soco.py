@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from headstart.detectors.detector import Detector
 from headstart.ema import cosine_momentum
@@ -142,6 +143,12 @@ class SoCo(Method[SoCoSettings]):
             s.v3 = "downsample" if "neck" in detector.parts else "none"
             if s.v3 == "none":
                 notes.append("v3 = none: a detector without FPN has one scale (section 3.3)")
+        neck = detector.parts.get("neck")
+        if s.fpn and neck is not None and not any(isinstance(m, _BatchNorm) for m in neck.modules()):
+            notes.append(
+                "the FPN has no batch norm, as it has in the paper: the loss leaves the scale of its features free, "
+                "and in our runs it grew and slowed fine-tuning (--set detector.fpn_norm=bn)"
+            )
         if s.v3_px is None:
             s.v3_px = s.view_px // 2
         if s.v4_px is None:
