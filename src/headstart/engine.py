@@ -220,7 +220,9 @@ def worker_init(worker: int) -> None:
     """One thread a worker: their number is what uses the cores."""
     views.worker_init(worker)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends the workers
+    # Ctrl-C and a cluster's SIGTERM reach the whole group; they are for the main process, which ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _loader(job: Job, settings: TrainSettings, numbers: _Numbers, device: torch.device) -> DataLoader:
