@@ -127,6 +127,17 @@ def test_a_run_killed_between_checkpoints_repeats_its_last_steps(tmp_path):
     assert not list((tmp_path / "cut").glob(".tmp*"))
 
 
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    whole, again = Model(), Model()
+    done = fit(job(whole), settings(), OPTIM, start(tmp_path / "run"), show=False)
+    log = log_of(tmp_path / "run")
+    same = fit(job(again), settings(), OPTIM, start(tmp_path / "run", resume=True), resume=True, show=False)
+    assert (same.steps, same.loss, same.finished) == (done.steps, done.loss, True)
+    assert done.loss is not None
+    assert_same(weights(whole), weights(again))
+    assert log_of(tmp_path / "run") == log
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     fit(job(Model()), settings(), OPTIM, start(tmp_path / "run"), show=False)
     expected = checkpoint.load(tmp_path / "run" / "step_000008")

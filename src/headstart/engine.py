@@ -181,10 +181,8 @@ class _Stream(Dataset):
                 return self.load(place, np.random.default_rng([self.seed, 2, n])), unreadable
             except ImageError as error:
                 unreadable[self.name_of(place)] = str(error)
-        return (
-            None,
-            unreadable,
-        )  # the main process says so: an error raised here would come with the worker's traceback
+        # The main process says so: an error raised here would come with the worker's traceback.
+        return None, unreadable
 
 
 class _Collate:
@@ -339,13 +337,14 @@ def fit(
 
     first = 0
     unreadable: dict[str, str] = {}
+    last_loss: float | None = None
     if resume and (found := checkpoint.load_latest(run.path)) is not None:
         if len(found.state["random"]) != world:
             raise RunError(f"{run.path}: was run by {len(found.state['random'])} processes, now {world}")
         model.load_state_dict(found.model)
         optimizer.load_state_dict(found.state["optimizer"])
         scaler.load_state_dict(found.state["scaler"])
-        unreadable = dict(found.state["unreadable"])
+        unreadable, last_loss = dict(found.state["unreadable"]), found.state.get("loss")
         checkpoint.set_random_state(found.state["random"][distributed.rank()])
         first = found.step
         if distributed.is_main():
@@ -356,7 +355,6 @@ def fit(
     every_step_checked = device.type == "cpu"  # elsewhere reading the loss would make the device wait
     start = logged_at = time.monotonic()
     sums: dict[str, Tensor] = {}
-    last_loss: float | None = None
     counted = 0
     step = first
     warned = False
@@ -364,7 +362,7 @@ def fit(
     def save(at: int) -> None:
         states = distributed.gather(checkpoint.random_state())
         if distributed.is_main():
-            extra = {"scaler": scaler.state_dict(), "unreadable": unreadable}
+            extra = {"scaler": scaler.state_dict(), "unreadable": unreadable, "loss": last_loss}
             checkpoint.save(run.path, at, model, optimizer, states, extra, settings.keep_checkpoints)
         distributed.barrier()
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,6 @@ def write_text(path: Path | str, text: str) -> None:
 
 def write_json(path: Path | str, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=_plain) + "\n")
-
-
-def write_with(path: Path | str, save: Callable[[Path], None]) -> None:
-    with replacing(path) as temporary:
-        save(temporary)
 
 
 def read_json(path: Path | str, expected: str = "a JSON object") -> Any:

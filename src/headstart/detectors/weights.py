@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from headstart.detectors.detector import Detector
 from headstart.errors import WeightsError
-from headstart.files import replacing
+from headstart.files import replacing, write_text
 
 # Some checkpoints keep the weights under one of these.
 NESTED_UNDER = ("state_dict", "model", "model_state_dict")
@@ -153,3 +154,13 @@ def save_detector(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "headstart": json.dumps(metadata)})
+
+
+def write_plain_code(run: Path, detector: Detector, loading: str) -> None:
+    """``load_in_torchvision.py``: build the detector with the library alone, then ``loading``.
+
+    Nothing is written for a user's own object, whose construction only the user knows.
+    """
+    code = detector.plain_code()
+    if code is not None:
+        write_text(run / "load_in_torchvision.py", f"{code}\n{loading}")

@@ -18,7 +18,14 @@ from headstart.datasets.detection import load_detection_data
 from headstart.datasets.splits import choose_labelled, write_split
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
-from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state, save_detector
+from headstart.detectors.weights import (
+    LoadReport,
+    load_state,
+    read_metadata,
+    read_state,
+    save_detector,
+    write_plain_code,
+)
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
 from headstart.errors import DataError, RunError, SettingsError
 from headstart.optim import OptimSettings, settle_optim
@@ -188,18 +195,18 @@ def finetune(
     ids = choose_labelled(data, labels, config.train.seed)
     chosen = data.subset(ids)
     config.detector.num_classes = len(data.categories)
-    masks = name == "mask_rcnn" if given is None else "mask_head" in detectors.wrap(given).parts
-    if masks and not chosen.has_masks:
-        raise DataError(
-            f"{train}: has no masks, which a Mask R-CNN is trained with. Use --detector faster_rcnn: its backbone, "
-            "FPN and box head take the same pretrained weights"
-        )
     compute = pick_device(config.train.device)
     said = settle(config, len(chosen.images), compute)
     out = Path(out) if out is not None else default_folder(start, labels, config.train.seed)
     with distributed.processes(compute):
         torch.manual_seed(config.train.seed)
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
+        masks = "mask_head" in wrapped.parts
+        if masks and not chosen.has_masks:
+            raise DataError(
+                f"{train}: has no masks, which this detector is trained with. Use --detector faster_rcnn: its "
+                "backbone, FPN and box head take the same pretrained weights"
+            )
         report = _load(wrapped, start) if given is None and start != SCRATCH else None
         if show and distributed.is_main():
             for note in [*data.notes, *said]:
@@ -251,10 +258,7 @@ def finetune(
                 classes = [category.name for category in data.categories]
                 metadata = {"kind": "finetune", "classes": classes, "steps": summary.steps}
                 save_detector(run.path / DETECTOR_FILE, wrapped.module.state_dict(), metadata)
-                code = wrapped.plain_code()
-                if code:
-                    code += "\n" + _LOADING.format(file=DETECTOR_FILE, classes=classes)
-                    (run.path / "load_in_torchvision.py").write_text(code, encoding="utf-8")
+                write_plain_code(run.path, wrapped, _LOADING.format(file=DETECTOR_FILE, classes=classes))
                 if held_out is not None:
                     with lent(wrapped):
                         evaluation = run_detector(wrapped, held_out, 8, compute, show)

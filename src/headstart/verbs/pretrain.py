@@ -18,7 +18,7 @@ from headstart import detectors, distributed, methods, recipes
 from headstart.console import notes
 from headstart.datasets.images import decode, list_images
 from headstart.detectors.detector import Detector, lent
-from headstart.detectors.weights import save_detector
+from headstart.detectors.weights import save_detector, write_plain_code
 from headstart.ema import EMA
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
 from headstart.errors import DataError, SettingsError
@@ -300,10 +300,7 @@ def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: 
     parts = list(method.trained_parts(detector))
     metadata = {"kind": "pretrain", "method": method.name, "parts": parts, "steps": summary.steps}
     save_detector(run.path / DETECTOR_FILE, detector.part_state(parts), metadata)
-    code = detector.plain_code()
-    if code:
-        code += "\n" + _LOADING.format(parts=", ".join(parts), file=DETECTOR_FILE)
-        (run.path / "load_in_torchvision.py").write_text(code, encoding="utf-8")
+    write_plain_code(run.path, detector, _LOADING.format(parts=", ".join(parts), file=DETECTOR_FILE))
     if show:
         notes.print(
             f"\n[bold]{method.name}[/bold]: {summary.steps} steps, loss {summary.loss:.4f}. "
