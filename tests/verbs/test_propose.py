@@ -303,9 +303,9 @@ def test_too_many_bad_images_stop_it_early(tmp_path, done):
 
 
 def test_an_engine_that_fails_on_one_image_is_a_failure_of_that_image(folder, tmp_path, monkeypatch):
-    from headstart.proposals.selective_search import SelectiveSearch
+    from headstart.proposals.opencv import OpenCVSelectiveSearch
 
-    search = SelectiveSearch.__call__
+    search = OpenCVSelectiveSearch.__call__
 
     def fragile(self, image, rng):
         if image.shape[1] == width:
@@ -314,7 +314,7 @@ def test_an_engine_that_fails_on_one_image_is_a_failure_of_that_image(folder, tm
 
     width = 39
     Image.new("RGB", (width, 40)).save(folder / "odd.png")
-    monkeypatch.setattr(SelectiveSearch, "__call__", fragile)
+    monkeypatch.setattr(OpenCVSelectiveSearch, "__call__", fragile)
     summary = run(folder, tmp_path / "p.parquet")
     assert summary.failures == {"odd.png": "opencv failed (RuntimeError: odd width)"}
 

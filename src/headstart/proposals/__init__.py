@@ -99,9 +99,9 @@ class ProposalSettings(BaseModel):
 
 
 def _opencv(settings: ProposalSettings) -> ProposalEngine:
-    from headstart.proposals.selective_search import SelectiveSearch
+    from headstart.proposals.opencv import OpenCVSelectiveSearch
 
-    return SelectiveSearch(settings.scale, settings.sigma, settings.min_size, settings.colour)
+    return OpenCVSelectiveSearch(settings.scale, settings.sigma, settings.min_size, settings.colour)
 
 
 def _random(settings: ProposalSettings) -> ProposalEngine:

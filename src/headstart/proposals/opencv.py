@@ -21,7 +21,7 @@ import numpy as np
 from headstart.errors import SettingsError
 
 
-class SelectiveSearch:
+class OpenCVSelectiveSearch:
     name = "opencv"
 
     def __init__(self, scale: float = 500.0, sigma: float = 0.9, min_size: int = 10, colour: str = "hsv") -> None:

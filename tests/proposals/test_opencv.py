@@ -5,7 +5,7 @@ import pytest
 from headstart.boxes import iou
 from headstart.errors import SettingsError
 from headstart.proposals import ProposalSettings, make_engine
-from headstart.proposals.selective_search import SelectiveSearch
+from headstart.proposals.opencv import OpenCVSelectiveSearch
 
 RNG = np.random.default_rng(0)
 
@@ -24,7 +24,7 @@ def scene(size=96, seed=0):
 @pytest.mark.parametrize("colour", ["hsv", "rgb"])
 def test_finds_plain_objects(colour):
     image, objects = scene()
-    found = SelectiveSearch(colour=colour)(image, RNG)
+    found = OpenCVSelectiveSearch(colour=colour)(image, RNG)
     assert found.dtype == np.float32
     assert found.shape[1] == 4
     assert iou(objects, found).max(axis=1).min() > 0.9
@@ -36,7 +36,7 @@ def test_finds_plain_objects(colour):
 
 def test_same_boxes_in_the_same_order_every_time():
     image = RNG.integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    search = SelectiveSearch(scale=50)
+    search = OpenCVSelectiveSearch(scale=50)
     first = search(image, RNG)
     assert len(first) > 50
     for _ in range(3):  # OpenCV draws its ranks anew in each call
@@ -57,7 +57,7 @@ def test_starts_from_the_segments_of_these_very_parameters(scale, sigma, min_siz
     for label in np.unique(labels):
         y, x = np.nonzero(labels == label)
         segments.add((x.min(), y.min(), x.max() + 1, y.max() + 1))
-    found = set(map(tuple, SelectiveSearch(scale, sigma, min_size, colour)(image, RNG).astype(int)))
+    found = set(map(tuple, OpenCVSelectiveSearch(scale, sigma, min_size, colour)(image, RNG).astype(int)))
     assert len(segments) > 2
     assert segments <= found
     assert len(found) <= 2 * labels.max() + 1  # a tree over the segments
@@ -79,7 +79,7 @@ def test_survives_odd_images(shape, content):
     image = {"noise": RNG.integers(0, 256, (*shape, 3), dtype=np.uint8)}.get(content)
     if image is None:
         image = np.full((*shape, 3), 255 * (content == "white"), np.uint8)
-    found = SelectiveSearch()(image, RNG)
+    found = OpenCVSelectiveSearch()(image, RNG)
     assert np.isfinite(found).all()
     if content != "noise":
         np.testing.assert_array_equal(found, [[0, 0, shape[1], shape[0]]])
