@@ -17,7 +17,6 @@ import signal
 import threading
 import time
 import uuid
-import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -39,8 +38,9 @@ from headstart import console
 from headstart.datasets.images import decode, list_images, size_of
 from headstart.errors import DataError, ImageError, RunError
 from headstart.files import TEMPORARY_PREFIX, clear_leftovers
-from headstart.proposals import ProposalEngine, ProposalSettings, make_engine
-from headstart.proposals.filters import FALLBACKS, keep_boxes
+from headstart.proposals import ProposalEngine, ProposalSettings
+from headstart.proposals.filters import FALLBACKS
+from headstart.proposals.finder import Finder
 from headstart.proposals.store import (
     ROW_GROUP,
     ProposalFile,
@@ -131,7 +131,8 @@ def propose(
     start = time.monotonic()
     folder = Path(images)
     settings = settings or ProposalSettings()
-    engine = make_engine(settings)  # here first: what is wrong with it is said once, not by every worker
+    finder = Finder(settings)
+    engine = finder.engine  # here first: what is wrong with it is said once, not by every worker
     names = list_images(folder)
     out = default_out(folder) if out is None else Path(out)
     if out.is_dir():
@@ -156,7 +157,7 @@ def propose(
             state = _State([ProposalFile(file) for file in files], out, folder, names, engine.version)
             _check_same(state.files, metadata, state.pending)
             _check_unreadable(state, folder, settings, parts)
-            _work(state, folder, settings, engine, workers, progress, parts, metadata)
+            _work(state, folder, finder, workers, progress, parts, metadata)
             _check_unreadable(state, folder, settings, parts, finished=True)
             if state.differs_from_finished():
                 schema = schema_for(metadata)
@@ -245,8 +246,7 @@ class _State:
 def _work(
     state: _State,
     folder: Path,
-    settings: ProposalSettings,
-    engine: ProposalEngine,
+    finder: Finder,
     workers: int | None,
     progress: bool,
     parts: Path,
@@ -272,9 +272,7 @@ def _work(
         last_part = time.monotonic()
 
     results = (
-        _in_this_process(pending, folder, settings, engine)
-        if workers == 0
-        else _in_processes(pending, folder, settings, workers)
+        _in_this_process(pending, folder, finder) if workers == 0 else _in_processes(pending, folder, finder, workers)
     )
     with (
         console.progress("proposals", len(pending), "images", show=progress) as bar,
@@ -286,29 +284,25 @@ def _work(
                 seen = len(state.place) + len(waiting)
                 failed = len(state.failures) + sum(row.error is not None for row in waiting)
                 bar.advance(len(rows), f"{failed} can't be used" if failed else None)
-                too_many = seen >= EARLY_CHECK_IMAGES and failed > settings.max_unreadable * seen
+                too_many = seen >= EARLY_CHECK_IMAGES and failed > finder.settings.max_unreadable * seen
                 if too_many or len(waiting) >= PART_IMAGES or time.monotonic() - last_part > PART_SECONDS:
                     save()
-                    _check_unreadable(state, folder, settings, parts)
+                    _check_unreadable(state, folder, finder.settings, parts)
         finally:  # whatever stops it, Ctrl-C included
             save()
 
 
-def _in_this_process(
-    pending: list[str], folder: Path, settings: ProposalSettings, engine: ProposalEngine
-) -> Generator[list[Row], None, None]:
+def _in_this_process(pending: list[str], folder: Path, finder: Finder) -> Generator[list[Row], None, None]:
     for name in pending:
-        yield [_row(folder, name, settings, engine)]
+        yield [_row(folder, name, finder)]
 
 
-def _in_processes(
-    pending: list[str], folder: Path, settings: ProposalSettings, workers: int
-) -> Generator[list[Row], None, None]:
+def _in_processes(pending: list[str], folder: Path, finder: Finder, workers: int) -> Generator[list[Row], None, None]:
     """Rows as they come. An image that kills its worker (out of memory, a library's crash) is a failure."""
     chunks = deque(pending[i : i + CHUNK] for i in range(0, len(pending), CHUNK))
     while chunks:
         running: dict[Future, list[str]] = {}
-        with _pool(folder, settings, workers) as pool:
+        with _pool(folder, finder, workers) as pool:
             try:
                 while chunks or running:
                     while chunks and len(running) < 3 * workers:
@@ -322,7 +316,7 @@ def _in_processes(
                 pass
         suspects = [name for chunk in running.values() for name in chunk]
         while suspects:  # one at a time, to tell the culprit from those it took along
-            with _pool(folder, settings, 1) as pool:
+            with _pool(folder, finder, 1) as pool:
                 try:
                     while suspects:
                         yield _submit(pool, suspects[:1]).result()
@@ -334,11 +328,11 @@ def _in_processes(
 
 
 @contextlib.contextmanager
-def _pool(folder: Path, settings: ProposalSettings, workers: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(folder: Path, finder: Finder, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Workers started by spawn: a fork would inherit locks from the threads of torch and OpenCV."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, settings, stop))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, finder, stop))
     try:
         try:
             _submit(pool, []).result()
@@ -366,15 +360,15 @@ def _submit(pool: ProcessPoolExecutor, names: list[str]) -> Future:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker: tuple[Path, ProposalSettings, ProposalEngine, Event]
+_worker: tuple[Path, Finder, Event]
 
 
-def _start_worker(folder: Path, settings: ProposalSettings, stop: Event) -> None:
+def _start_worker(folder: Path, finder: Finder, stop: Event) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it can't be blocked
     threading.Thread(target=_die_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
-    _worker = (folder, settings, make_engine(settings), stop)
+    _worker = (folder, finder, stop)
 
 
 def _die_with_parent() -> None:
@@ -386,34 +380,21 @@ def _die_with_parent() -> None:
 
 
 def _do(names: list[str]) -> list[Row]:
-    folder, settings, engine, stop = _worker
-    return [_row(folder, name, settings, engine) for name in names if not stop.is_set()]
+    folder, finder, stop = _worker
+    return [_row(folder, name, finder) for name in names if not stop.is_set()]
 
 
-def _row(folder: Path, name: str, settings: ProposalSettings, engine: ProposalEngine) -> Row:
+def _row(folder: Path, name: str, finder: Finder) -> Row:
     path = folder / name
     file_bytes = _file_size(path)
     try:
         width, height = size_of(path)
-        image = _decode_for_search(path, width, height, settings.long_side_px)
-        found = engine(image, np.random.default_rng([settings.seed, zlib.crc32(name.encode())]))
-        found = box_ops.resize(found, width / image.shape[1], height / image.shape[0])
-        found = box_ops.clip(found, width, height)
-        kept, fallback = keep_boxes(found, width, height, settings)
+        found = finder(decode(path, finder.decode_px(width, height)), width, height, name)
     except ImageError as error:
         return Row(name, file_bytes, error=str(error).removeprefix(f"{path}: "))
     except Exception as error:  # whatever one image does to a library, the others are still to be done
-        return Row(name, file_bytes, error=f"{settings.engine} failed ({type(error).__name__}: {error})")
-    return Row(name, file_bytes, width, height, kept, len(found), fallback)
-
-
-def _decode_for_search(path: Path, width: int, height: int, long_side_px: int) -> np.ndarray:
-    """The image (H, W, 3), with its long side at most ``long_side_px``."""
-    scale = long_side_px / max(width, height)
-    if scale >= 1:
-        return decode(path)
-    small = max(1, round(width * scale)), max(1, round(height * scale))
-    return cv2.resize(decode(path, short_side_px=min(small)), small, interpolation=cv2.INTER_AREA)
+        return Row(name, file_bytes, error=f"{finder.settings.engine} failed ({type(error).__name__}: {error})")
+    return Row(name, file_bytes, width, height, found.boxes, found.n_raw, found.fallback)
 
 
 def _cores() -> int:
