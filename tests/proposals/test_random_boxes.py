@@ -43,3 +43,25 @@ def test_the_seed_decides():
 def test_an_image_too_thin_for_such_boxes_gets_none():
     engine = make_engine(ProposalSettings(engine="random"))
     assert engine(np.zeros((10, 2000, 3), np.uint8), np.random.default_rng(0)).shape == (0, 4)
+
+
+def test_patches_have_any_shape_and_leave_a_margin():
+    """UP-DETR's released code: both sides uniform in [8, side of the image - 8]."""
+    engine = make_engine(ProposalSettings(engine="random_patches", random_boxes=5000))
+    boxes = engine(np.zeros((60, 100, 3), np.uint8), np.random.default_rng(0))
+    assert boxes.dtype == np.float32
+    w, h = (boxes[:, 2:] - boxes[:, :2]).T
+    assert (w.min(), w.max(), h.min(), h.max()) == (8, 92, 8, 52)
+    assert (boxes.min(axis=0)[:2] == 0).all()
+    assert (boxes.max(axis=0)[2:] == (100, 60)).all()
+    np.testing.assert_allclose(np.histogram(w, 5, (8, 93))[0], 1000, atol=120)  # uniform
+    assert abs(np.corrcoef(w, h)[0, 1]) < 0.05  # drawn apart
+
+
+@pytest.mark.parametrize("side", [8, 9, 15, 16])
+def test_patches_of_tiny_images_fit(side):
+    engine = make_engine(ProposalSettings(engine="random_patches", random_boxes=50))
+    boxes = engine(np.zeros((side, 40, 3), np.uint8), np.random.default_rng(0))
+    assert (boxes[:, 1] >= 0).all()
+    assert (boxes[:, 3] <= side).all()
+    assert ((boxes[:, 3] - boxes[:, 1]) >= 8).all()

@@ -5,13 +5,15 @@ To add an engine: one file with a class like :class:`ProposalEngine`, and a line
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-EngineName = Literal["opencv", "random"]
+from headstart.proposals.presets import PRESETS, PresetName
+
+EngineName = Literal["opencv", "random", "random_patches"]
 
 
 class ProposalEngine(Protocol):
@@ -29,13 +31,24 @@ class ProposalEngine(Protocol):
 
 
 class ProposalSettings(BaseModel):
-    """How proposals are made. Segmentation and filter default to SoCo's (3.2, App. A) and ADePT's."""
+    """How proposals are made. Segmentation and filter default to SoCo's (3.2, App. A) and ADePT's.
+
+    What happens to an image, in this order: shrink or squash, search, scale the boxes back, clip them to the image,
+    filter (with its fallbacks), suppress overlaps (``nms_iou``), keep the first (``top_k``).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    preset: PresetName | None = Field(
+        default=None,
+        # Its values are what is kept beside the boxes: the same boxes by another name are the same boxes.
+        exclude=True,
+        description="Settings of a paper, as defaults for all others (`headstart propose --help` lists them).",
+    )
     engine: EngineName = Field(
         default="opencv",
-        description="What finds the boxes: opencv (Selective Search) or random (SoCo Table 5c).",
+        description="What finds the boxes: opencv (Selective Search), random (boxes that pass the filter: SoCo "
+        "Table 5c) or random_patches (of any size and shape: UP-DETR).",
     )
     scale: float = Field(
         default=500.0,
@@ -61,8 +74,16 @@ class ProposalSettings(BaseModel):
         description="Larger images are shrunk to this long side for the search; boxes come back in the "
         "original's px. The time grows faster than the number of pixels.",
     )
-    aspect_max: float = Field(
-        default=3.0, ge=1, description="Filter: keep boxes with 1/aspect_max <= width/height <= aspect_max."
+    squash_px: int | None = Field(
+        default=None,
+        ge=32,
+        description="Search the image squashed to a square of this side, whatever its size and shape; wins over "
+        "long_side_px. DETReg: 128.",
+    )
+    aspect_max: float | None = Field(
+        default=3.0,
+        ge=1,
+        description="Filter: keep boxes with 1/aspect_max <= width/height <= aspect_max. null: boxes of any shape.",
     )
     size_min: float = Field(
         default=0.3,
@@ -76,14 +97,36 @@ class ProposalSettings(BaseModel):
         le=1,
         description="Filter: keep boxes with sqrt(w*h)/sqrt(W*H) <= this (W, H: image).",
     )
+    side_min_px: float | None = Field(
+        default=None,
+        gt=0,
+        description="Filter and its fallbacks: keep boxes with both sides at least this long. "
+        "SoCo's released code: 32.",
+    )
     fallback_side_px: float = Field(
         default=32.0,
         ge=1,
         description="When neither the filter nor its aspect rule alone keeps a box: keep those with both "
         "sides at least this long, in px (made for photos of about 500 px; scale it with yours).",
     )
-    random_boxes: int = Field(default=4, ge=1, description="Boxes an image (random only). SoCo Table 5c: 1, 4, 8.")
-    seed: int = Field(default=0, ge=0, description="Seed of the random engine; each image has its own stream.")
+    nms_iou: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="After the filter: of boxes that overlap by more than this IoU keep the first in the engine's "
+        "order (non-maximum suppression). AlignDet: 0.5.",
+    )
+    top_k: int | None = Field(
+        default=None,
+        ge=1,
+        description="At the end: keep the first boxes in the engine's order, at most this many. DETReg: 30.",
+    )
+    random_boxes: int = Field(
+        default=4,
+        ge=1,
+        description="Boxes an image (random and random_patches only). SoCo Table 5c: 1, 4, 8; UP-DETR: 10.",
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the random engines; each image has its own stream.")
     max_unreadable: float = Field(
         default=0.1,
         ge=0,
@@ -91,10 +134,18 @@ class ProposalSettings(BaseModel):
         description="Stop with an error when more than this share of the images is unusable.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset_first(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, Mapping) else None
+        return {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
+
     @model_validator(mode="after")
-    def _sizes_in_order(self) -> ProposalSettings:
+    def _fit_together(self) -> ProposalSettings:
         if self.size_min >= self.size_max:
             raise ValueError(f"size_min={self.size_min} must be below size_max={self.size_max}")
+        if self.engine == "random" and self.aspect_max is None:
+            raise ValueError("engine=random draws its boxes from the filter's range, so that aspect_max needs a number")
         return self
 
 
@@ -107,10 +158,21 @@ def _opencv(settings: ProposalSettings) -> ProposalEngine:
 def _random(settings: ProposalSettings) -> ProposalEngine:
     from headstart.proposals.random_boxes import RandomBoxes
 
+    assert settings.aspect_max is not None  # seen to by the settings
     return RandomBoxes(settings.random_boxes, settings.aspect_max, settings.size_min, settings.size_max)
 
 
-ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {"opencv": _opencv, "random": _random}
+def _random_patches(settings: ProposalSettings) -> ProposalEngine:
+    from headstart.proposals.random_boxes import RandomPatches
+
+    return RandomPatches(settings.random_boxes)
+
+
+ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {
+    "opencv": _opencv,
+    "random": _random,
+    "random_patches": _random_patches,
+}
 
 
 def make_engine(settings: ProposalSettings) -> ProposalEngine:

@@ -1,4 +1,4 @@
-"""One image -> its proposals: shrink for the search, search, scale back, clip, filter.
+"""One image -> its proposals: shrink or squash, search, scale back, clip, filter, NMS, top k.
 
 The file of proposals and the boxes found while training come from here, so that they are the same boxes.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from headstart import boxes as box_ops
 from headstart.proposals import ProposalEngine, ProposalSettings, make_engine
-from headstart.proposals.filters import Fallback, keep_boxes
+from headstart.proposals.filters import Fallback, select
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Finder:
         return self._engine
 
     def search_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) in px at which an image of ``width`` x ``height`` is searched; never larger."""
+        """(width, height) in px at which an image of ``width`` x ``height`` is searched."""
+        if self.settings.squash_px is not None:
+            return self.settings.squash_px, self.settings.squash_px
         scale = self.settings.long_side_px / max(width, height)
         if scale >= 1:
             return width, height
@@ -53,7 +55,8 @@ class Finder:
         Boxes repeat only for the same pixels, so that everyone who calls this Finder decodes by this rule.
         """
         size = self.search_size(width, height)
-        return None if size == (width, height) else min(size)
+        # Where one side is enlarged (squash_px), all there is is needed.
+        return min(size) if size[0] <= width and size[1] <= height and size != (width, height) else None
 
     def __call__(self, image: np.ndarray, width: int, height: int, name: str) -> Found:
         """Proposals of an image. They depend on its pixels, its name and the settings alone.
@@ -65,12 +68,14 @@ class Finder:
         """
         size = self.search_size(width, height)
         if (image.shape[1], image.shape[0]) != size:
-            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+            shrinks = size[0] <= image.shape[1] and size[1] <= image.shape[0]
+            # Area is for shrinking; DETReg squashes linearly, which leaves out most pixels of a large photo.
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
         rng = np.random.default_rng([self.settings.seed, zlib.crc32(name.encode())])
         boxes = self.engine(image, rng)
         boxes = box_ops.resize(boxes, width / image.shape[1], height / image.shape[0])
         boxes = box_ops.clip(boxes, width, height)
-        kept, fallback = keep_boxes(boxes, width, height, self.settings)
+        kept, fallback = select(boxes, width, height, self.settings)
         return Found(kept, len(boxes), fallback)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
-"""Random boxes: the control of SoCo Table 5c.
+"""Random boxes: the control of SoCo Table 5c, and the patches that UP-DETR looks for.
 
-The paper does not say how it draws them. Here each box has a size uniform in the filter's range, an aspect
+SoCo does not say how it draws them. Here each box has a size uniform in the filter's range, an aspect
 ratio log-uniform in its range, and any place where it fits inside the image, so that all pass the filter.
+
+UP-DETR's released code draws width and height apart and uniformly, so that its patches have any shape.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 DRAWS_PER_BOX = 64  # for those that do not fit into the image and are drawn again
+PATCH_MARGIN_PX = 8  # UP-DETR's released code: the shortest side, and what the longest leaves of the image
 
 
 class RandomBoxes:
@@ -35,3 +38,25 @@ class RandomBoxes:
         fits = np.flatnonzero((wh <= (width, height)).all(axis=1))[: self.count]
         corner = place[fits] * ((width, height) - wh[fits])
         return np.concatenate([corner, corner + wh[fits]], axis=1).astype(np.float32)
+
+
+class RandomPatches:
+    name = "random_patches"
+    version = "1"
+
+    def __init__(self, count: int = 10) -> None:
+        """
+        Args:
+            count: patches an image.
+        """
+        self.count = count
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """(H, W, 3) -> (count, 4) float32 xyxy, whole pixels: sides uniform in [8, side of the image - 8] (of
+        images below 16 px: 8 or the whole side), places uniform where they fit."""
+        sides = np.array([image.shape[1], image.shape[0]])
+        shortest = np.minimum(PATCH_MARGIN_PX, sides)
+        longest = np.maximum(sides - PATCH_MARGIN_PX, shortest)
+        wh = rng.integers(shortest, longest, (self.count, 2), endpoint=True)
+        corner = rng.integers(0, sides - wh, endpoint=True)
+        return np.concatenate([corner, corner + wh], axis=1).astype(np.float32)
