@@ -191,8 +191,13 @@ def _pretrain_with(method: str) -> Any:
         backbone: Backbone = None,
         out: Out = None,
         proposals: Annotated[
-            Path | None,
-            typer.Option("--proposals", help="Parquet file of boxes; made there when absent.", metavar="FILE"),
+            str | None,
+            typer.Option(
+                "--proposals",
+                help="Parquet file of boxes, made there when absent; or on-the-fly: no file, the data workers find the "
+                "boxes of each image they read.  [default: in the run folder]",
+                metavar="FILE",
+            ),
         ] = None,
         recipe: Recipe = None,
         epochs: Epochs = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 
 from headstart import detectors, distributed, methods, recipes
 from headstart.console import notes
-from headstart.datasets.images import decode, list_images
+from headstart.datasets.images import decode, list_images, size_of
 from headstart.detectors.detector import Detector, lent
 from headstart.detectors.weights import save_detector, write_plain_code
 from headstart.ema import EMA
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
-from headstart.errors import DataError, SettingsError
+from headstart.errors import DataError, ImageError, SettingsError
 from headstart.methods.method import Method, Net, ViewBatch, collate_views
 from headstart.optim import OptimSettings, settle_optim
-from headstart.proposals import ProposalSettings
+from headstart.proposals import ProposalSettings, make_engine
+from headstart.proposals.finder import Finder
 from headstart.proposals.store import ProposalStore
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import merge, parse_assignments, validate
 from headstart.verbs.propose import propose
 
 EPOCHS = 100  # SoCo's, ADePT's
+ON_THE_FLY = "on-the-fly"  # instead of a file of proposals
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
 MIN_STEPS = 2000  # of a small set of images, 100 epochs would be over before anything is learnt
 
@@ -119,21 +121,52 @@ class _Views:
 
 
 @dataclass
+class _FromFile:
+    """Index -> the boxes of an image, and the width of the image whose px they are in."""
+
+    store: ProposalStore
+
+    def __call__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.store.boxes(index), self.store.size(index)[0]
+
+
+@dataclass
+class _OnTheFly:
+    """The same boxes as :class:`_FromFile`, found when asked for (DETReg). They are not kept: an image is searched
+    again in each epoch, and gets the same boxes again."""
+
+    folder: Path
+    names: Sequence[str]
+    find: Finder
+
+    def __call__(self, index: int) -> tuple[np.ndarray, int]:
+        name = self.names[index]
+        path = self.folder / name
+        width, height = size_of(path)
+        # Decoded for the search alone: a view's reduced scale would give other boxes than the file has.
+        image = decode(path, self.find.decode_px(width, height))
+        try:
+            return self.find(image, width, height, name).boxes, width
+        except Exception as error:  # as in the file: one image that a library fails on does not end the run
+            engine = self.find.settings.engine
+            raise ImageError(f"{path}: {engine} failed ({type(error).__name__}: {error})") from error
+
+
+@dataclass
 class _Loader:
     """Index -> views, in a data worker."""
 
     folder: Path
     names: Sequence[str]
     method: Method
-    proposals: ProposalStore | None
+    boxes_of: Callable[[int], tuple[np.ndarray, int]] | None
 
     def __call__(self, index: int, rng: np.random.Generator) -> Any:
         image = decode(self.folder / self.names[index], short_side_px=self.method.decode_px)
         boxes = np.zeros((0, 4), np.float32)
-        if self.proposals is not None:
-            width, _ = self.proposals.size(index)
-            # The image may have been decoded at a reduced scale.
-            boxes = self.proposals.boxes(index) * np.float32(image.shape[1] / width)
+        if self.boxes_of is not None:
+            boxes, width = self.boxes_of(index)
+            boxes = boxes * np.float32(image.shape[1] / width)  # it may have been decoded at a reduced scale
         return self.method.views(image, boxes, rng)
 
 
@@ -164,7 +197,8 @@ def pretrain(
         method: name of the pretraining method.
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
         backbone: backbone name, where ``detector`` is a name.
-        proposals: Parquet file of boxes; made there when absent, or in the run folder when unset.
+        proposals: Parquet file of boxes; made there when absent, or in the run folder when unset. "on-the-fly": no
+            file; the data workers find the boxes of each image they read, the same ones in every epoch.
         recipe: name or file of a recipe whose numbers are the defaults.
         epochs, max_steps: length, in passes over the images or in steps of the optimiser.
         batch_size: images a step.
@@ -216,6 +250,14 @@ def pretrain(
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"
+        on_the_fly = pretraining_method.needs_proposals and str(file).replace("_", "-") == ON_THE_FLY
+        source: dict[str, Any] = {"proposals": str(file) if pretraining_method.needs_proposals else None}
+        if on_the_fly:
+            engine = make_engine(
+                config.proposals
+            )  # here first: what is wrong with it is said once, not by every worker
+            # A resumed run must get the boxes it began with; a file says this of itself.
+            source = {"proposals": ON_THE_FLY, "proposal_engine": f"{engine.name} {engine.version}"}
         record = {
             "kind": "pretrain",
             "method": method,
@@ -228,22 +270,25 @@ def pretrain(
                 "images": str(folder),
                 "n_images": len(found),
                 "fingerprint": fingerprint(found, [(folder / n).stat().st_size for n in found]),
-                "proposals": str(file) if pretraining_method.needs_proposals else None,
+                **source,
             },
             "notes": chosen,
         }
         run = Run.start(out, record, resume)
-        store = None
-        if pretraining_method.needs_proposals:
+        boxes_of: Callable[[int], tuple[np.ndarray, int]] | None = None
+        if on_the_fly:
+            boxes_of = _OnTheFly(folder, found, Finder(config.proposals))
+        elif pretraining_method.needs_proposals:
             store = _proposals(folder, file, config.proposals, run.path / CACHE, show)
             found = store.images
+            boxes_of = _FromFile(store)
         with lent(wrapped):
             model = Pretraining(pretraining_method, wrapped)
             job = Job(
                 name=method,
                 model=model,
                 images=len(found),
-                load=_Loader(folder, found, pretraining_method, store),
+                load=_Loader(folder, found, pretraining_method, boxes_of),
                 collate=_Views,
                 name_of=found.__getitem__,
                 after_step=model.after_step,
