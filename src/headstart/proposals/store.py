@@ -97,7 +97,7 @@ class ProposalFile:
         with self._readable():
             handle = self._open()
             schema = handle.schema_arrow
-            self.metadata = _metadata(path, schema)
+            self.metadata = metadata_of(path, schema)
             starts = [0]
             for group in range(handle.num_row_groups):
                 starts.append(starts[-1] + handle.metadata.row_group(group).num_rows)
@@ -155,11 +155,11 @@ class ProposalStore:
         with readable(self.path):
             if self.cache is None:
                 handle = pq.ParquetFile(self.path, memory_map=True, page_checksum_verification=True)
-                self.metadata = _metadata(self.path, handle.schema_arrow)
+                self.metadata = metadata_of(self.path, handle.schema_arrow)
                 table = handle.read()
             else:
                 table = _mapped(self.path, self.cache)
-                self.metadata = _metadata(self.path, table.schema)
+                self.metadata = metadata_of(self.path, table.schema)
         self._table = table
         errors = table["error"]
         self._rows = np.flatnonzero(errors.is_null().to_numpy())
@@ -237,7 +237,8 @@ def schema_for(metadata: dict[str, Any]) -> pa.Schema:
     return COLUMNS.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
 
 
-def _metadata(path: Path, schema: pa.Schema) -> dict[str, Any]:
+def metadata_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
+    """Raises: DataError when ``schema`` is not that of a proposals file."""
     try:
         metadata = json.loads((schema.metadata or {})[METADATA_KEY])
     except (KeyError, ValueError):
@@ -283,7 +284,7 @@ def _mapped(path: Path, cache: Path) -> pa.Table:
     target = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.arrow"
     if not target.exists():
         source = pq.ParquetFile(path, memory_map=True, page_checksum_verification=True)
-        _metadata(path, source.schema_arrow)
+        metadata_of(path, source.schema_arrow)
         with replacing(target) as temporary, pa.ipc.new_file(str(temporary), source.schema_arrow) as writer:
             for batch in _batches(path, source):
                 writer.write_batch(batch)
