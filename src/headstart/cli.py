@@ -99,6 +99,22 @@ class _Propose(_WithSettings):
 
         return ProposalSettings
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        results.print(_presets_table())
+
+
+def _presets_table() -> Table:
+    from headstart.proposals.presets import PRESETS
+
+    table = Table(title="Presets", title_justify="left", show_lines=False, box=None, pad_edge=False)
+    for column in ("preset", "sets", "what"):
+        table.add_column(column, overflow="fold")
+    for name, preset in PRESETS.items():
+        values = ", ".join(f"{key}={'null' if value is None else value}" for key, value in preset.values.items())
+        table.add_row(f"[cyan]{name}[/cyan]", values, preset.summary)
+    return table
+
 
 class _Pretrain(_WithSettings):
     def settings_type(self) -> Any:
@@ -146,10 +162,22 @@ def propose(
     out: Annotated[
         Path | None, typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Settings of a paper, listed below; --engine, --seed and --set win over them."),
+    ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  [default: opencv]")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
     seed: Seed = None,
     settings: Set = None,
+    preview: Annotated[
+        bool,
+        typer.Option("--preview", help="Also draw a picture: boxes on 24 images; how many there are, and how large."),
+    ] = False,
+    preview_out: Annotated[
+        Path | None,
+        typer.Option("--preview-out", help="PNG file of the preview.  [default: as --out, with .png]"),
+    ] = None,
 ) -> None:
     """Find class-less boxes (Selective Search) in a folder of images, for every method to train on.
 
@@ -159,10 +187,15 @@ def propose(
     from headstart.settings import merge, parse_assignments, validate
     from headstart.verbs.propose import propose as run
 
-    explicit = {k: v for k, v in {"engine": engine, "seed": seed}.items() if v is not None}
+    given = {"preset": preset, "engine": engine, "seed": seed}
+    explicit = {k: v for k, v in given.items() if v is not None}
     values = merge(explicit, parse_assignments(ProposalSettings, settings or []))
     summary = run(images, out, settings=validate(ProposalSettings, values, "propose"), workers=workers)
     results.print(summary.table())
+    if preview or preview_out is not None:
+        from headstart.verbs.preview import preview as draw
+
+        results.print(f"preview: {draw(summary.path, images, preview_out)}", markup=False, soft_wrap=True)
 
 
 class _Methods(TyperGroup):
