@@ -47,10 +47,10 @@ MaxSteps = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", help="Images a step, over all processes.  [default: for the device]"),
+    typer.Option("--batch-size", help="Images a step, over all processes.  \\[default: for the device]"),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.  [default: 0]")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:1.  [default: auto]")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.  \\[default: 0]")]
+Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:1.  \\[default: auto]")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting; may be repeated.", metavar="KEY=VALUE", show_default=False),
@@ -58,7 +58,7 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Backbone = Annotated[
     str | None,
-    typer.Option("--backbone", help="torchvision backbone, for example resnet18.  [default: resnet50]"),
+    typer.Option("--backbone", help="torchvision backbone, for example resnet18.  \\[default: resnet50]"),
 ]
 
 
@@ -160,14 +160,14 @@ def scenes(
 def propose(
     images: Images,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Parquet file.  [default: PHOTOS.proposals.parquet]")
+        Path | None, typer.Option("--out", help="Parquet file.  \\[default: PHOTOS.proposals.parquet]")
     ] = None,
     preset: Annotated[
         str | None,
         typer.Option("--preset", help="Settings of a paper, listed below; --engine, --seed and --set win over them."),
     ] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  [default: opencv]")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", help="Processes.  [default: all cores]")] = None,
+    engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  \\[default: opencv]")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", help="Processes.  \\[default: all cores]")] = None,
     seed: Seed = None,
     settings: Set = None,
     preview: Annotated[
@@ -176,7 +176,7 @@ def propose(
     ] = False,
     preview_out: Annotated[
         Path | None,
-        typer.Option("--preview-out", help="PNG file of the preview.  [default: as --out, with .png]"),
+        typer.Option("--preview-out", help="PNG file of the preview.  \\[default: as --out, with .png]"),
     ] = None,
 ) -> None:
     """Find class-less boxes (Selective Search) in a folder of images, for every method to train on.
@@ -219,7 +219,7 @@ def _pretrain_with(method: str) -> Any:
         images: Images,
         detector: Annotated[
             str | None,
-            typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: the recipe's, or faster_rcnn]"),
+            typer.Option("--detector", help="faster_rcnn or mask_rcnn.  \\[default: the recipe's, or faster_rcnn]"),
         ] = None,
         backbone: Backbone = None,
         out: Out = None,
@@ -228,7 +228,7 @@ def _pretrain_with(method: str) -> Any:
             typer.Option(
                 "--proposals",
                 help="Parquet file of boxes, made there when absent; or on-the-fly: no file, the data workers find the "
-                "boxes of each image they read.  [default: in the run folder]",
+                "boxes of each image they read.  \\[default: in the run folder]",
                 metavar="FILE",
             ),
         ] = None,
@@ -299,7 +299,7 @@ def finetune(
         typer.Option("--labels", help="Label budget: 10%, a number of images, all, or the labels.json of another run."),
     ] = "all",
     detector: Annotated[
-        str | None, typer.Option("--detector", help="faster_rcnn or mask_rcnn.  [default: as START]")
+        str | None, typer.Option("--detector", help="faster_rcnn or mask_rcnn.  \\[default: as START]")
     ] = None,
     backbone: Backbone = None,
     out: Out = None,
@@ -351,7 +351,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="Fine-tuned run folder.", metavar="RUN")],
     data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the images.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file.  [default: RUN/eval_LABELS.json]")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="JSON file.  \\[default: RUN/eval_LABELS.json]")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:

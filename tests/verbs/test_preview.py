@@ -271,3 +271,22 @@ def test_the_commands_preset_gives_way_to_options_and_set(photos, tmp_path):
         0.5,
         10,
     )
+
+
+def test_the_title_says_how_the_boxes_were_made(tmp_path):
+    meta = {
+        "settings": ProposalSettings(preset="detreg", nms_iou=None).model_dump(),
+        "engine": "opencv",
+        "engine_version": "1+x",
+    }
+    facts = module._Facts(
+        tmp_path / "p.parquet", meta, np.array([900, 100]), 7, 25, np.array([0]), np.array([5, 12000])
+    )
+    text = "\n".join(module._title(facts, 6))
+    assert "p.parquet: 1,000 images, 12,005 proposals" in text
+    assert "2.5% of the images needed a fallback" in text
+    assert "7 could not be read" in text
+    assert "opencv 1+x: " in text
+    assert "aspect_max=null" in text  # off, where it is on by default
+    assert "squash_px=128" in text
+    assert "nms_iou" not in text

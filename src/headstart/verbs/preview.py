@@ -27,6 +27,7 @@ from headstart import boxes as box_ops
 from headstart.datasets.images import decode
 from headstart.errors import DataError, ImageError, SettingsError
 from headstart.files import replacing
+from headstart.proposals import ProposalSettings
 from headstart.proposals.store import metadata_of, readable
 
 # Okabe and Ito's bright colours, which readers with any common colour blindness can tell apart. Black beside every
@@ -255,12 +256,17 @@ def _title(facts: _Facts, boxes: int) -> list[str]:
     if facts.failures:
         notes += f"; {facts.failures:,} could not be read"
     notes += f"; at most {boxes} boxes an image are drawn, chosen at random"
-    settings = {k: v for k, v in meta["settings"].items() if k not in ("engine", "max_unreadable") and v is not None}
+    off = {name for name, field in ProposalSettings.model_fields.items() if field.default is None}
+    settings = {k: v for k, v in meta["settings"].items() if v is not None or k not in off}
+    for elsewhere in ("engine", "max_unreadable"):  # in the title already; no matter of the boxes
+        settings.pop(elsewhere, None)
     made = f"{meta['engine']} {meta['engine_version']}: " + ", ".join(f"{k}={_short(v)}" for k, v in settings.items())
     return [f"{facts.path.name}: {counts}", notes, *textwrap.wrap(made, 210)]
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
