@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from headstart.errors import DataError
 from headstart.proposals import ProposalSettings, store
@@ -50,7 +49,7 @@ def opened(request, file, tmp_path, monkeypatch):
 def test_gives_back_what_was_written(opened):
     usable = [row for row in some_rows() if row.error is None]
     assert len(opened) == len(usable) == 40
-    assert opened.images == [row.image for row in usable]
+    assert list(opened.images) == [row.image for row in usable]
     for i, row in enumerate(usable):
         np.testing.assert_array_equal(opened.boxes(i), row.boxes)
         assert opened.boxes(i).dtype == np.float32
@@ -115,14 +114,21 @@ def test_check_images_names_what_differs(file, tmp_path):
     folder = tmp_path / "photos"
     for row in some_rows():
         (folder / row.image).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (10, 10)).save(folder / row.image)
+        (folder / row.image).write_bytes(bytes(12))
     opened.check_images(folder)  # the unusable ones belong to it, too
     (folder / "sub/004.jpg").unlink()
-    Image.new("RGB", (10, 10)).save(folder / "new.png")
+    (folder / "new.png").write_bytes(bytes(12))
+    (folder / "sub/007.jpg").write_bytes(bytes(13))
     with pytest.raises(DataError) as error:
         opened.check_images(folder)
     assert "1 images of the folder are not in the file: new.png" in str(error.value)
     assert "1 images of the file are not in the folder: sub/004.jpg" in str(error.value)
+    assert "1 images have the same name but another content: sub/007.jpg (12 bytes then, 13 now)" in str(error.value)
+    assert f"`headstart propose {folder} --out {file}` brings it up to date" in str(error.value)
+    for row in some_rows():
+        (folder / row.image).unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"50 images of the file are .*, \.\.\.\. Use the file that was made for them"):
+        opened.check_images(folder)
 
 
 def damage(path, how):

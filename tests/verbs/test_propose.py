@@ -65,7 +65,7 @@ def same(a, b):
 def test_boxes_of_every_image_in_order(folder, tmp_path):
     summary = run(folder, tmp_path / "p.parquet")
     store = ProposalStore(summary.path)
-    assert store.images == sorted(store.images)
+    assert list(store.images) == sorted(store.images)
     assert len(store) == summary.images == summary.new_images == N
     for i, name in enumerate(store.images):
         assert store.size(i) == Image.open(folder / name).size

@@ -1,4 +1,4 @@
-"""Image files: find them in a folder, decode them to RGB whatever they are, say what is wrong with others."""
+"""Images, in files or in tar shards: decode them to RGB whatever they are, say what is wrong with others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from headstart.datasets.shards import Member
 from headstart.errors import DataError, ImageError
 
 IMAGE_SUFFIXES: frozenset[str] = frozenset(
@@ -55,7 +57,7 @@ def list_images(folder: Path | str) -> list[str]:
     return found
 
 
-def decode(path: Path | str, short_side_px: int | None = None) -> np.ndarray:
+def decode(path: Path | Member | str, short_side_px: int | None = None) -> np.ndarray:
     """The image as (H, W, 3) uint8 RGB: contiguous, writable, upright (EXIF rotation applied).
 
     The content decides the format, not the suffix. Greyscale, palette and CMYK become RGB, alpha is laid on
@@ -80,7 +82,7 @@ def decode(path: Path | str, short_side_px: int | None = None) -> np.ndarray:
         return _to_rgb(image)
 
 
-def size_of(path: Path | str) -> tuple[int, int]:
+def size_of(path: Path | Member | str) -> tuple[int, int]:
     """(width, height) in pixels after EXIF rotation, from the header alone: the pixels may still be broken.
 
     Raises:
@@ -120,15 +122,10 @@ def _is_unicode(name: str) -> bool:
 
 
 @contextmanager
-def _opened(path: Path | str) -> Iterator[Image.Image]:
+def _opened(path: Path | Member | str) -> Iterator[Image.Image]:
     """The image with its header read and its size checked. What goes wrong inside becomes an ImageError."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-            raise ImageError(f"{path}: not a regular file")
-        if status.st_size == 0:
-            raise ImageError(f"{path}: empty file (zero bytes)")
-        with open(path, "rb") as handle, Image.open(handle, formats=_FORMATS) as image:
+        with _stream(path) as handle, Image.open(handle, formats=_FORMATS) as image:
             _check_size(path, image.size)
             yield image
     except ImageError:
@@ -144,7 +141,20 @@ def _opened(path: Path | str) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: can't be decoded ({error or type(error).__name__})") from error
 
 
-def _check_size(path: Path | str, size: tuple[int, int]) -> None:
+def _stream(path: Path | Member | str) -> BinaryIO:
+    if isinstance(path, Member):
+        if path.size == 0:
+            raise ImageError(f"{path}: empty (zero bytes)")
+        return path.open()
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ImageError(f"{path}: not a regular file")
+    if status.st_size == 0:
+        raise ImageError(f"{path}: empty file (zero bytes)")
+    return open(path, "rb")
+
+
+def _check_size(path: Path | Member | str, size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise ImageError(f"{path}: too large, {width} x {height}; at most {MAX_PIXELS:,} pixels are read")
@@ -152,8 +162,8 @@ def _check_size(path: Path | str, size: tuple[int, int]) -> None:
         raise ImageError(f"{path}: too small, {width} x {height} pixels; a side needs at least {MIN_SIDE_PX}")
 
 
-def _beginning(path: Path | str) -> str:
-    with open(path, "rb") as handle:
+def _beginning(path: Path | Member | str) -> str:
+    with _stream(path) as handle:
         return repr(handle.read(16))
 
 

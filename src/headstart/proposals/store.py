@@ -1,9 +1,10 @@
 """The proposals file: Parquet, one row an image, read back as views into memory-mapped Arrow data.
 
-Columns: image (path relative to the folder, /-separated), width, height (px, after EXIF rotation), bytes (of
-the file), boxes (list of 4 float32, xyxy in those px), n_raw (boxes before the filter), fallback ("" or
-"ratio", "any_box", "whole_image"), error (why the image can't be used, or null). The schema's metadata holds,
-as JSON under b"headstart": settings, engine, engine_version, folder, headstart (the version that wrote it).
+Columns: image (its name in the :class:`headstart.datasets.image_set.ImageSet`), width, height (px, after EXIF
+rotation), bytes (of the file), boxes (list of 4 float32, xyxy in those px), n_raw (boxes before the filter),
+fallback ("" or "ratio", "any_box", "whole_image"), error (why the image can't be used, or null). The schema's
+metadata holds, as JSON under b"headstart": settings, engine, engine_version, folder, headstart (the version that
+wrote it).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from headstart.datasets.images import list_images
+from headstart.datasets.image_set import ImageSet, Names
 from headstart.errors import DataError
 from headstart.files import replacing
 
 METADATA_KEY = b"headstart"
 ROW_GROUP = 4096  # rows held in memory at a time while a file is written or copied
+CACHED_BYTES = 256 << 20  # of row groups, while parts are joined
+NAMED = 5  # images that an error names
 
 COLUMNS = pa.schema(
     [
@@ -85,28 +90,45 @@ def write_rows(path: Path, tables: Iterator[pa.Table], schema: pa.Schema) -> Non
             writer.write_table(table)
 
 
-class ProposalFile:
-    """A finished proposals file or a part of one: its keys in memory, its rows read when asked for.
+@dataclass(frozen=True)
+class Keys:
+    """What tells rows apart, of some rows that follow each other."""
 
-    Raises (also from ``rows``):
+    first: int  # row
+    images: pa.Array  # (n,) string
+    bytes: np.ndarray  # (n,) int64, of the image's file; -1: not known
+    reasons: np.ndarray  # (n,) uint32: a checksum of why the image can't be used; 0: it can
+
+
+class ProposalFile:
+    """A finished proposals file or a part of one. Its rows are read when asked for.
+
+    Raises (also from ``read_keys`` and ``rows``):
         DataError: truncated, damaged, or not a proposals file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._readable():
-            handle = self._open()
-            schema = handle.schema_arrow
-            self.metadata = metadata_of(path, schema)
-            starts = [0]
-            for group in range(handle.num_row_groups):
-                starts.append(starts[-1] + handle.metadata.row_group(group).num_rows)
-            keys = handle.read(["image", "bytes", "error"])
-        self.schema = schema
-        self.starts = np.array(starts)  # first row of each row group, and the end
-        self.images: list[str] = keys["image"].to_pylist()
-        self.bytes: list[int | None] = keys["bytes"].to_pylist()
-        self.errors: list[str | None] = keys["error"].to_pylist()
+        with self._readable(), self._open() as handle:
+            self.metadata = metadata_of(path, handle.schema_arrow)
+            groups = range(handle.num_row_groups)
+            counts = np.array([handle.metadata.row_group(group).num_rows for group in groups], np.int64)
+        self.starts = np.concatenate([[0], counts.cumsum()])  # first row of each row group, and the end
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read_keys(self) -> Iterator[Keys]:
+        with self._readable(), self._open() as handle:
+            first = 0
+            for batch in handle.iter_batches(ROW_GROUP, columns=["image", "bytes", "error"]):
+                errors = batch.column("error")
+                reasons = np.zeros(len(batch), np.uint32)
+                for i in np.flatnonzero(errors.is_valid().to_numpy(zero_copy_only=False)):
+                    reasons[i] = zlib.crc32(errors[int(i)].as_py().encode()) or 1
+                sizes = batch.column("bytes").fill_null(-1).to_numpy()
+                yield Keys(first, batch.column("image"), sizes, reasons)
+                first += len(batch)
 
     def rows(self, start: int, stop: int, cache: OrderedDict) -> pa.Table:
         """Rows [start, stop). ``cache`` keeps the last row groups of all files that are being merged."""
@@ -124,7 +146,7 @@ class ProposalFile:
         if key not in cache:
             with self._readable(), self._open() as handle:
                 cache[key] = handle.read_row_group(group)
-            while len(cache) > 16:
+            while len(cache) > 1 and sum(table.nbytes for table in cache.values()) > CACHED_BYTES:
                 cache.popitem(last=False)
         cache.move_to_end(key)
         return cache[key]
@@ -161,17 +183,19 @@ class ProposalStore:
                 table = _mapped(self.path, self.cache)
                 self.metadata = metadata_of(self.path, table.schema)
         self._table = table
-        errors = table["error"]
-        self._rows = np.flatnonzero(errors.is_null().to_numpy())
+        # 4 bytes an image. All else stays in Arrow's memory, which processes share where it is mapped.
+        self._rows = np.flatnonzero(table["error"].is_null().to_numpy()).astype(np.uint32)
         if len(self._rows) == 0:
             raise DataError(f"{self.path}: none of its {len(table)} images could be used")
-        self._width = table["width"].to_numpy()
-        self._height = table["height"].to_numpy()
-        # Views into the Arrow buffers, one pair a chunk: boxes(i) then costs a search and two slices.
-        chunks = [chunk for chunk in table["boxes"].chunks if len(chunk)]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in chunks])
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._values = [_floats(chunk) for chunk in chunks]
+        # Views into the Arrow buffers, one set a chunk: boxes(i) then costs a search and two slices.
+        batches = [batch for batch in table.to_batches() if len(batch)]
+        self._starts = [0]
+        for batch in batches:
+            self._starts.append(self._starts[-1] + len(batch))
+        self._width = [batch.column("width").to_numpy() for batch in batches]
+        self._height = [batch.column("height").to_numpy() for batch in batches]
+        self._offsets = [batch.column("boxes").offsets.to_numpy() for batch in batches]
+        self._values = [_floats(batch.column("boxes")) for batch in batches]
 
     @classmethod
     def open(cls, path: Path | str, cache: Path | str | None = None) -> ProposalStore:
@@ -183,9 +207,9 @@ class ProposalStore:
         return self.metadata["settings"]
 
     @cached_property
-    def images(self) -> list[str]:
-        """Paths of the usable images, relative to their folder."""
-        return self._table["image"].take(pa.array(self._rows)).to_pylist()
+    def images(self) -> Names:
+        """Names of the usable images."""
+        return Names(self._table["image"], self._rows)
 
     @cached_property
     def failures(self) -> dict[str, str]:
@@ -198,32 +222,49 @@ class ProposalStore:
 
     def boxes(self, i: int) -> np.ndarray:
         """(n, 4) float32 xyxy in px of the upright original, n >= 1. A read-only view: copy to change it."""
-        row = self._rows[i]
-        chunk = int(np.searchsorted(self._starts, row, "right")) - 1
+        chunk, place = self._place(i)
         offsets = self._offsets[chunk]
-        place = row - self._starts[chunk]
         return self._values[chunk][offsets[place] : offsets[place + 1]]
 
     def size(self, i: int) -> tuple[int, int]:
         """(width, height) of the upright original, px."""
-        row = self._rows[i]
-        return int(self._width[row]), int(self._height[row])
+        chunk, place = self._place(i)
+        return int(self._width[chunk][place]), int(self._height[chunk][place])
 
-    def check_images(self, folder: Path | str) -> None:
-        """Raises: DataError when the folder's images are not those of the file, naming the first few."""
-        there, here = set(list_images(folder)), {*self.images, *self.failures}
+    def _place(self, i: int) -> tuple[int, int]:
+        row = int(self._rows[i])
+        chunk = bisect_right(self._starts, row) - 1
+        return chunk, row - self._starts[chunk]
+
+    def check_images(self, images: ImageSet | Path | str) -> None:
+        """Raises: DataError when these are not the images of the file, by name and size, naming the first few."""
+        images = images if isinstance(images, ImageSet) else ImageSet(images)
+        inside = np.zeros(len(images), bool)
+        gone, changed = _Few(), _Few()
+        for batch in self._table.select(["image", "bytes"]).to_batches(ROW_GROUP):
+            names, sizes = batch.column("image"), batch.column("bytes").fill_null(-1).to_numpy()
+            places = images.locate(names)
+            here = places >= 0
+            inside[places[here]] = True
+            gone.add(names, ~here)
+            now = np.full(len(places), -1, np.int64)
+            now[here] = images.sizes(places[here])
+            changed.add(names, here & (now != sizes), (sizes, now))
+        new = _Few(int((~inside).sum()), [images.names[int(i)] for i in np.flatnonzero(~inside)[:NAMED]])
         problems = [
-            f"{len(names)} images {text}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-            for names, text in (
-                (there - here, "of the folder are not in the file"),
-                (here - there, "of the file are not in the folder"),
+            f"{few.count:,} images {text}: {', '.join(few.shown)}{', ...' if few.count > len(few.shown) else ''}"
+            for few, text in (
+                (new, "of the folder are not in the file"),
+                (gone, "of the file are not in the folder"),
+                (changed, "have the same name but another content"),
             )
-            if names
+            if few.count
         ]
         if problems:
+            update = f"`headstart propose {images.path} --out {self.path}` brings it up to date"
             raise DataError(
-                f"{self.path} does not belong to the images in {folder}: {'; '.join(problems)}. "
-                f"`headstart propose {folder} --out {self.path}` brings it up to date."
+                f"{self.path} does not belong to the images in {images.path}: {'; '.join(problems)}. "
+                f"{'Use the file that was made for them' if not inside.any() else update}."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,22 +274,41 @@ class ProposalStore:
         self.__init__(**state)  # type: ignore[misc]
 
 
+@dataclass
+class _Few:
+    """How many, and the first few by name."""
+
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+
+    def add(self, names: pa.Array, which: np.ndarray, sizes: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+        """Args: sizes: in bytes, then and now."""
+        self.count += int(which.sum())
+        for i in np.flatnonzero(which)[: NAMED - len(self.shown)]:
+            remark = "" if sizes is None else f" ({sizes[0][i]:,} bytes then, {sizes[1][i]:,} now)"
+            self.shown.append(names[int(i)].as_py() + remark)
+
+
 def schema_for(metadata: dict[str, Any]) -> pa.Schema:
     return COLUMNS.with_metadata({METADATA_KEY: json.dumps(metadata, sort_keys=True).encode()})
 
 
 def metadata_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
-    """Raises: DataError when ``schema`` is not that of a proposals file."""
-    try:
-        metadata = json.loads((schema.metadata or {})[METADATA_KEY])
-    except (KeyError, ValueError):
-        metadata = None
+    metadata = _parsed((schema.metadata or {}).get(METADATA_KEY, b""))
     if not isinstance(metadata, dict) or "settings" not in metadata or not schema.equals(COLUMNS):
         raise DataError(
             f"{path}: a Parquet file, but not one that `headstart propose` wrote (columns: "
             f"{', '.join(schema.names[:8])}); expected {', '.join(COLUMNS.names)}"
         )
     return metadata
+
+
+@lru_cache(16)  # parts of one file, of which there may be thousands, share it
+def _parsed(metadata: bytes) -> Any:
+    try:
+        return json.loads(metadata)
+    except ValueError:
+        return None
 
 
 @contextmanager

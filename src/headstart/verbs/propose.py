@@ -1,27 +1,26 @@
-"""A folder of images -> a file of proposals. Can be killed at any moment and called again.
+"""Images -> a file of proposals. Can be killed at any moment and called again; can be shared by a cluster's jobs.
 
 Finished images are kept in ``<out>.parts/``, a small Parquet file every few seconds. A call does the images
 that are neither there nor in a finished ``out`` (new, changed, or unreadable before) and at the end copies
-all rows, in the order of their names, into ``out``. What an image gets depends on its pixels, its path and
-the settings alone, so that the table does not depend on workers, order or interruptions.
+all rows, in the order of their names, into ``out``. What an image gets depends on its pixels, its name and
+the settings alone, so that the table does not depend on workers, shards, order or interruptions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import itertools
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -35,13 +34,15 @@ from rich.table import Table
 
 from headstart import boxes as box_ops
 from headstart import console
-from headstart.datasets.images import decode, list_images, size_of
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import DataError, ImageError, RunError
-from headstart.files import TEMPORARY_PREFIX, clear_leftovers
+from headstart.files import replacing
 from headstart.proposals import ProposalEngine, ProposalSettings
 from headstart.proposals.filters import FALLBACKS
 from headstart.proposals.finder import Finder
+from headstart.proposals.parts import PART_PREFIX, Parts, Rows, Share
 from headstart.proposals.store import (
+    NAMED,
     ROW_GROUP,
     ProposalFile,
     Row,
@@ -51,12 +52,15 @@ from headstart.proposals.store import (
     write_rows,
 )
 
-__all__ = ["ProposalSettings", "ProposeSummary", "propose"]
+__all__ = ["ProposalSettings", "ProposeSummary", "ShardSummary", "propose"]
 
-PART_IMAGES = 512
-PART_SECONDS = 10.0  # at most this much work of all workers is lost when everything is killed
+PART_IMAGES = 2048
+PART_SECONDS = 5.0  # at most this much work of all workers is lost when everything is killed
 CHUNK = 8  # images a worker is handed at a time
 EARLY_CHECK_IMAGES = 50
+SLOW_JOIN_IMAGES = 50_000  # from here on joining takes seconds, and shows how far it is
+SHOWN = 10  # images that a summary names
+UNUSABLE_SUFFIX = ".unusable.tsv"  # of the list of all others, beside the file
 
 
 @dataclass(frozen=True)
@@ -67,16 +71,16 @@ class ProposeSummary:
     images: int  # usable ones, with at least one box each
     boxes_per_image: dict[str, float]  # mean, median, min, max
     fallbacks: dict[str, int]  # images for which no box passed the filter, by what was done instead
-    failures: dict[str, str]  # image -> reason
+    unusable_images: int
+    failures: dict[str, str]  # image -> why it can't be used; the first ``SHOWN`` of them
+    failures_file: Path | None  # all of them, where there are more: a line each, image and reason between a tab
     seconds: float  # of this call
     new_images: int  # done by this call
-    gone_images: int  # of an earlier call, no longer in the folder: left out
+    gone_images: int  # of an earlier call, no longer there: left out
     size_counts: tuple[int, ...]  # boxes with sqrt(wh)/sqrt(WH) in [0, .1), [.1, .2) ... [.9, 1]
 
     def table(self) -> Table:
-        table = Table(title="Proposals", show_header=False, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column(overflow="fold")
+        table = _two_columns("Proposals")
         table.add_row("images", f"{self.images:,}")
         numbers = self.boxes_per_image
         table.add_row(
@@ -86,16 +90,11 @@ class ProposeSummary:
         table.add_row("box size", self._histogram())
         used = [f"{name}: {count:,}" for name, count in self.fallbacks.items() if count]
         table.add_row("filter fell back", ", ".join(used) or "never")
-        if self.failures:
-            shown = [f"{name}: {reason}" for name, reason in list(self.failures.items())[:10]]
-            more = len(self.failures) - len(shown)
-            lines = [f"{len(self.failures):,}, left out", *shown] + [f"... and {more:,} more"] * (more > 0)
-            table.add_row("can't be used", "\n".join(line.replace("[", r"\[") for line in lines))
+        _add_failures(table, self.unusable_images, self.failures, self.failures_file)
         if self.gone_images:
             table.add_row("no longer there", f"{self.gone_images:,} images of an earlier call, left out")
-        pace = f", {self.seconds / self.new_images:.3f} s an image" if self.new_images else ""
-        table.add_row("this call", f"{self.new_images:,} images in {console.short_time(self.seconds)}{pace}")
-        table.add_row("file", str(self.path).replace("[", r"\["))
+        table.add_row("this call", _pace(self.new_images, self.seconds))
+        table.add_row("file", _plain(self.path))
         return table
 
     def _histogram(self) -> str:
@@ -104,210 +103,317 @@ class ProposeSummary:
         return f"0 |{bars}| 1   sqrt(box area / image area)"
 
 
+@dataclass(frozen=True)
+class ShardSummary:
+    """What a job with ``shard`` did, while other shards are not finished."""
+
+    path: Path  # of the file that is not there yet
+    parts: Path
+    shard: str  # "i/n"
+    images: int  # of this shard
+    new_images: int  # done by this call
+    unusable_images: int  # of this shard
+    failures: dict[str, str]  # image -> why it can't be used; the first ``SHOWN`` of them
+    missing_images: int  # of all images
+    missing: dict[str, int] = field(default_factory=dict)  # shard -> its images without a row
+    unlisted_images: int = 0  # with a row from another job, added after this one had listed the images
+    seconds: float = 0.0  # of this call
+
+    def table(self) -> Table:
+        table = _two_columns(f"Proposals, shard {self.shard}")
+        table.add_row("images", f"{self.images:,} of this shard")
+        _add_failures(table, self.unusable_images, self.failures, None)
+        table.add_row("this call", _pace(self.new_images, self.seconds))
+        if self.missing_images:
+            shown = [f"{shard}: {count:,}" for shard, count in list(self.missing.items())[:SHOWN]]
+            more = f", and {len(self.missing) - SHOWN} more shards" if len(self.missing) > SHOWN else ""
+            table.add_row("still missing", f"{self.missing_images:,} images ({', '.join(shown)}{more})")
+            text = (
+                "The job that finishes last writes the file. If jobs died: start them again, or call without --shard."
+            )
+        else:
+            table.add_row("not listed here", f"{self.unlisted_images:,} images that other jobs found later")
+            text = "Call without --shard to write the file."
+        table.add_row("parts", _plain(self.parts))
+        table.add_row("next", text)
+        return table
+
+
+def _two_columns(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _add_failures(table: Table, count: int, failures: dict[str, str], file: Path | None) -> None:
+    if not count:
+        return
+    lines = [f"{count:,}, left out", *(f"{name}: {reason}" for name, reason in failures.items())]
+    if count > len(failures):
+        lines.append(f"... and {count - len(failures):,} more" + (f"; all of them: {file}" if file else ""))
+    table.add_row("can't be used", "\n".join(_plain(line) for line in lines))
+
+
+def _pace(images: int, seconds: float) -> str:
+    pace = f", {seconds / images:.3f} s an image" if images else ""
+    return f"{images:,} images in {console.short_time(seconds)}{pace}"
+
+
+def _plain(text: Path | str) -> str:
+    return str(text).replace("[", r"\[")
+
+
 def propose(
     images: Path | str,
     out: Path | str | None = None,
     *,
     settings: ProposalSettings | None = None,
     workers: int | None = None,
+    shard: tuple[int, int] | str | None = None,
     progress: bool = True,
-) -> ProposeSummary:
+) -> ProposeSummary | ShardSummary:
     """Find boxes in every image under ``images`` and keep them in one Parquet file.
 
     A call continues what an earlier one has left, whether that was interrupted or finished.
 
     Args:
-        images: folder, searched recursively.
+        images: folder, searched recursively, .tar shards in it included; or one .tar file.
         out: the file; default ``<images>.proposals.parquet`` beside the folder.
         settings: default: the paper's.
         workers: processes; default one a core; 0 works in this process.
-        progress: show a progress bar.
+        shard: "i/n" or (i, n), i from 0 to n-1: do the i-th of n equal shares of the images, for the jobs of a
+            cluster that share ``out``. The job that finishes last joins all shares into ``out``; should jobs have
+            died, a call without ``shard`` does what is missing and joins. Any n goes with any other.
+        progress: show a progress bar, and what is wrong with shards of tar files.
+
+    Returns:
+        ProposeSummary: of ``out``. With ``shard`` and without other jobs' shares yet, a ShardSummary.
 
     Raises:
         DataError: no images, too many that can't be read, a damaged file, or one of other images.
         RunError: ``out`` was made with other settings, another process is writing it, or the disk is full.
-        SettingsError: the engine can't work here.
+        SettingsError: the engine can't work here, or ``shard`` is not one of n.
     """
     start = time.monotonic()
-    folder = Path(images)
-    settings = settings or ProposalSettings()
-    finder = Finder(settings)
+    share = None if shard is None else Share.parse(shard)
+    finder = Finder(settings or ProposalSettings())
     engine = finder.engine  # here first: what is wrong with it is said once, not by every worker
-    names = list_images(folder)
-    out = default_out(folder) if out is None else Path(out)
+    found = ImageSet(images, progress)
+    if progress:
+        for note in found.notes:
+            console.notes.print(note, markup=False, soft_wrap=True)
+    out = default_out(found.path) if out is None else Path(out)
     if out.is_dir():
         raise RunError(f"{out}: is a folder; expected a file name such as {out / 'proposals.parquet'}")
-    parts = out.with_name(out.name + ".parts")
-    metadata = _metadata(settings, engine, folder)
+    making = _Making(found, finder, out, _metadata(finder.settings, engine, found.path), share, progress)
 
-    earlier = [ProposalFile(out)] if out.exists() else []
-    if not parts.exists() and earlier:
-        state = _State(earlier, out, folder, names, engine.version)
-        _check_same(earlier, metadata, state.pending)
-        if not state.pending and not state.gone:
-            _check_unreadable(state, folder, settings, out, finished=True)
+    if not making.parts.exists() and out.exists():
+        rows = making.rows(making.block, retry=True)
+        if not len(rows.pending(making.block)) and not rows.gone:
+            making.check_unreadable(rows, making.block, out, finished=True)
             return _summary(out, time.monotonic() - start, 0, 0)
+        del rows
 
-    with _only_writer(parts):
-        try:
-            clear_leftovers(parts)
-            for leftover in out.parent.glob(f"{TEMPORARY_PREFIX}{glob.escape(out.name)}-*-????????"):
-                leftover.unlink()
-            files = [out] * out.exists() + sorted(parts.glob("*.parquet"))
-            state = _State([ProposalFile(file) for file in files], out, folder, names, engine.version)
-            _check_same(state.files, metadata, state.pending)
-            _check_unreadable(state, folder, settings, parts)
-            _work(state, folder, finder, workers, progress, parts, metadata)
-            _check_unreadable(state, folder, settings, parts, finished=True)
-            if state.differs_from_finished():
-                schema = schema_for(metadata)
-                write_rows(out, state.rows_in_order(schema), schema)
-            shutil.rmtree(parts)
-        except KeyboardInterrupt:
-            console.notes.print(
-                f"Stopped. What is done is saved in {parts}; the same command goes on from there.",
-                markup=False,
-            )
-            raise
-    return _summary(out, time.monotonic() - start, state.new, state.gone)
-
-
-def default_out(folder: Path) -> Path:
-    folder = folder.resolve()
-    return folder.with_name(f"{folder.name}.proposals.parquet")
-
-
-class _State:
-    """Which image's row is where, and which images are still to be done."""
-
-    def __init__(
-        self, files: list[ProposalFile], out: Path, folder: Path, names: list[str], engine_version: str
-    ) -> None:
-        self.files = files
-        self.out = out
-        self.names = names
-        self.new = 0
-        self.place: dict[str, tuple[int, int]] = {}  # image -> file, row
-        self.failures: dict[str, str] = {}
-        listed = set(names)
-        gone = set()
-        for index, file in enumerate(files):
-            # A failure may have been a disk that was away for a moment: a later call tries again.
-            again = file.path == out and file.metadata["engine_version"] == engine_version
-            for row, (name, size, error) in enumerate(zip(file.images, file.bytes, file.errors, strict=True)):
-                if name not in listed:
-                    gone.add(name)
-                elif size == _file_size(folder / name) and not (again and error is not None):
-                    self._add(name, index, row, error)
-        if gone and listed.isdisjoint(name for file in files for name in file.images):
-            raise DataError(
-                f"{out}: belongs to other images ({', '.join(sorted(gone)[:5])}, ...), of which none is in "
-                f"{folder}. Choose another --out."
-            )
-        self.gone = len(gone)
-        self.pending = [name for name in names if name not in self.place]
-
-    def _add(self, name: str, index: int, row: int, error: str | None) -> None:
-        self.place[name] = (index, row)
-        self.failures.pop(name, None)
-        if error is not None:
-            self.failures[name] = error
-
-    def add_part(self, path: Path) -> None:
-        self.files.append(ProposalFile(path))
-        for row, (name, error) in enumerate(zip(self.files[-1].images, self.files[-1].errors, strict=True)):
-            self._add(name, len(self.files) - 1, row, error)
-        self.new += len(self.files[-1].images)
-
-    def differs_from_finished(self) -> bool:
-        """Whether ``out`` has to be written. That failures failed again is no reason: caches stay good."""
-        if not self.files or self.files[0].path != self.out or self.files[0].images != self.names:
-            return True
-        return any(
-            self.place[name][0] != 0 and (error is None or error != self.failures.get(name))
-            for name, error in zip(self.files[0].images, self.files[0].errors, strict=True)
+    try:
+        with making.parts.writing(share), _shared(found, making.parts.path):
+            rows = making.rows(making.block, retry=True)
+            making.check_unreadable(rows, making.block, making.parts.path)
+            new = making.work(rows, workers)
+            making.check_unreadable(rows, making.block, making.parts.path, finished=True)
+            gone = rows.gone
+            if share is None:
+                making.join(rows)
+            else:
+                del rows
+                unfinished = making.join_if_last(new)
+                if unfinished is not None:
+                    return replace(unfinished, seconds=time.monotonic() - start)
+        making.parts.clean()
+    except KeyboardInterrupt:
+        console.notes.print(
+            f"Stopped. What is done is saved in {making.parts}; the same command goes on from there.",
+            markup=False,
         )
-
-    def rows_in_order(self, schema: pa.Schema) -> Iterator[pa.Table]:
-        """All rows by name, ``ROW_GROUP`` at a time: however many there are, few are in memory."""
-        cache: OrderedDict = OrderedDict()
-        for first in range(0, len(self.names), ROW_GROUP):
-            runs: list[list[int]] = []  # [file, start, stop] of rows that follow each other in a file
-            for name in self.names[first : first + ROW_GROUP]:
-                index, row = self.place[name]
-                if runs and runs[-1][0] == index and runs[-1][2] == row:
-                    runs[-1][2] += 1
-                else:
-                    runs.append([index, row, row + 1])
-            tables = [self.files[index].rows(start, stop, cache) for index, start, stop in runs]
-            yield pa.concat_tables(tables).replace_schema_metadata(schema.metadata).combine_chunks()
+        raise
+    return _summary(out, time.monotonic() - start, new, gone)
 
 
-def _work(
-    state: _State,
-    folder: Path,
-    finder: Finder,
-    workers: int | None,
-    progress: bool,
-    parts: Path,
-    metadata: dict[str, Any],
-) -> None:
-    """Do ``state.pending``, writing a part every few seconds."""
-    pending = state.pending
-    if not pending:
-        return
-    workers = min(_cores() if workers is None else workers, -(-len(pending) // CHUNK))
-    schema = schema_for(metadata)
-    waiting: list[Row] = []
-    last_part = time.monotonic()
+def default_out(images: Path) -> Path:
+    images = images.resolve()
+    return images.with_name(f"{images.name}.proposals.parquet")
 
-    def save() -> None:
-        nonlocal last_part
-        if waiting:
-            part = parts / f"part-{uuid.uuid4().hex}.parquet"
-            rows = sorted(waiting, key=lambda row: row.image)
-            write_rows(part, iter([table_of(rows, schema)]), schema)
-            waiting.clear()
-            state.add_part(part)
+
+@dataclass
+class _Making:
+    """One call: which images, with what, where to."""
+
+    images: ImageSet
+    finder: Finder
+    out: Path
+    metadata: dict[str, Any]
+    share: Share | None
+    progress: bool
+
+    def __post_init__(self) -> None:
+        self.parts = Parts(self.out)
+        self.block = slice(None) if self.share is None else self.share.block(len(self.images))
+
+    def rows(self, check: slice, retry: bool) -> Rows:
+        """What is done; ``check`` and ``retry`` as in :meth:`Rows.add`, the latter for the finished file's rows.
+
+        Raises:
+            DataError: a damaged file, or one of other images.
+            RunError: made with other settings.
+        """
+        while True:
+            files = [self.out] * self.out.exists() + self.parts.files()
+            rows = Rows(self.images)
+            try:
+                for path in files:
+                    file = ProposalFile(path)
+                    # A failure may have been a disk that was away for a moment: a later call tries again.
+                    again = path == self.out and file.metadata["engine_version"] == self.metadata["engine_version"]
+                    rows.add(file, check, retry and again)
+            except DataError:
+                if all(path.exists() for path in files):
+                    raise
+                continue  # another job has joined parts in this moment: their rows are in ``out`` now
+            if rows.gone and not rows.known:
+                raise DataError(
+                    f"{self.out}: belongs to other images ({', '.join(sorted(rows.first_gone))}, ...), of which none "
+                    f"is in {self.images.path}. Choose another --out."
+                )
+            _check_same(rows.files, self.metadata, len(rows.pending(check)) > 0)
+            return rows
+
+    def work(self, rows: Rows, workers: int | None) -> int:
+        """Do what ``rows`` lacks of ``block``, writing a part every few seconds. Returns the number of images."""
+        pending = rows.pending(self.block)
+        if not len(pending):
+            return 0
+        workers = min(_cores() if workers is None else workers, -(-len(pending) // CHUNK))
+        schema = schema_for(self.metadata)
+        waiting: list[Row] = []
         last_part = time.monotonic()
 
-    results = (
-        _in_this_process(pending, folder, finder) if workers == 0 else _in_processes(pending, folder, finder, workers)
-    )
-    with (
-        console.progress("proposals", len(pending), "images", show=progress) as bar,
-        contextlib.closing(results),
-    ):
-        try:
-            for rows in results:
-                waiting += rows
-                seen = len(state.place) + len(waiting)
-                failed = len(state.failures) + sum(row.error is not None for row in waiting)
-                bar.advance(len(rows), f"{failed} can't be used" if failed else None)
-                too_many = seen >= EARLY_CHECK_IMAGES and failed > finder.settings.max_unreadable * seen
-                if too_many or len(waiting) >= PART_IMAGES or time.monotonic() - last_part > PART_SECONDS:
-                    save()
-                    _check_unreadable(state, folder, finder.settings, parts)
-        finally:  # whatever stops it, Ctrl-C included
-            save()
+        def save() -> None:
+            nonlocal last_part
+            if waiting:
+                part = self.parts.path / f"{PART_PREFIX}{uuid.uuid4().hex}.parquet"
+                write_rows(part, iter([table_of(sorted(waiting, key=lambda row: row.image), schema)]), schema)
+                waiting.clear()
+                rows.add(ProposalFile(part), check=slice(0))
+            last_part = time.monotonic()
 
-
-def _in_this_process(pending: list[str], folder: Path, finder: Finder) -> Generator[list[Row], None, None]:
-    for name in pending:
-        yield [_row(folder, name, finder)]
-
-
-def _in_processes(pending: list[str], folder: Path, finder: Finder, workers: int) -> Generator[list[Row], None, None]:
-    """Rows as they come. An image that kills its worker (out of memory, a library's crash) is a failure."""
-    chunks = deque(pending[i : i + CHUNK] for i in range(0, len(pending), CHUNK))
-    while chunks:
-        running: dict[Future, list[str]] = {}
-        with _pool(folder, finder, workers) as pool:
+        done, failed = rows.done(self.block), rows.failed(self.block)
+        limit = self.finder.settings.max_unreadable
+        chunks = ([self.images.names[int(i)] for i in pending[k : k + CHUNK]] for k in range(0, len(pending), CHUNK))
+        if workers == 0:
+            results = _in_this_process(chunks, self.images, self.finder)
+        else:
+            results = _in_processes(chunks, self.images, self.finder, workers)
+        description = "proposals" if self.share is None else f"proposals, shard {self.share}"
+        with (
+            console.progress(description, len(pending), "images", show=self.progress) as bar,
+            contextlib.closing(results),
+        ):
             try:
-                while chunks or running:
-                    while chunks and len(running) < 3 * workers:
-                        running[_submit(pool, chunks[0])] = chunks[0]
-                        chunks.popleft()
+                for some in results:
+                    waiting += some
+                    done += len(some)
+                    failed += sum(row.error is not None for row in some)
+                    bar.advance(len(some), f"{failed:,} can't be used" if failed else None)
+                    too_many = done >= EARLY_CHECK_IMAGES and failed > limit * done
+                    if too_many or len(waiting) >= PART_IMAGES or time.monotonic() - last_part > PART_SECONDS:
+                        save()
+                        self.check_unreadable(rows, self.block, self.parts.path)
+            finally:  # whatever stops it, Ctrl-C included
+                save()
+        return len(pending)
+
+    def join_if_last(self, new: int) -> ShardSummary | None:
+        """Join when no image is missing; else say what is.
+
+        Each job comes here after its last part is written, and one at a time: the last one sees all parts.
+        """
+        assert self.share is not None
+        with self.parts.joining(self.progress):
+            rows = self.rows(check=slice(0), retry=False)
+            if not len(rows.pending()) and self.parts.files():
+                rows = self.rows(check=slice(None), retry=False)  # the file shall be of the images as they are now
+            missing, unlisted = rows.pending(), rows.gone - rows.gone_from(self.out)
+            if not len(missing) and not unlisted:
+                self.check_unreadable(rows, slice(None), self.parts.path, finished=True)
+                self.join(rows)
+                return None
+            return ShardSummary(
+                path=self.out,
+                parts=self.parts.path,
+                shard=str(self.share),
+                images=len(range(*self.block.indices(len(self.images)))),
+                new_images=new,
+                unusable_images=rows.failed(self.block),
+                failures=rows.first_failures(self.block, SHOWN),
+                missing_images=len(missing),
+                missing=self.share.counts(missing, len(self.images)),
+                unlisted_images=unlisted,
+            )
+
+    def join(self, rows: Rows) -> None:
+        """All rows into ``out``, if it has not got them yet; then the parts can go."""
+        finished = next((file for file in rows.files if file.path == self.out), None)
+        if finished is None or rows.differ_from(finished):
+            schema = schema_for(self.metadata)
+            show = self.progress and len(self.images) >= SLOW_JOIN_IMAGES
+            with console.progress("joining", len(self.images), "images", show=show) as bar:
+                write_rows(self.out, _counted(rows.in_order(schema), bar), schema)
+        _list_unusable(self.out, rows.failed())
+        self.parts.remove([file.path for file in rows.files if file.path != self.out])
+
+    def check_unreadable(self, rows: Rows, block: slice, saved: Path, finished: bool = False) -> None:
+        seen, failed = rows.done(block), rows.failed(block)
+        share = self.finder.settings.max_unreadable
+        if failed <= share * seen or (seen < EARLY_CHECK_IMAGES and not finished):
+            return
+        shown = rows.first_failures(block, NAMED)
+        first = "".join(f"\n  {name}: {reason}" for name, reason in shown.items())
+        raise DataError(
+            f"{self.images.path}: {failed} of {seen} images can't be used, more than the share "
+            f"max_unreadable={share:g}:{first}{', ...' if failed > len(shown) else ''}\n"
+            f"Mend or remove them, or allow more (max_unreadable={min(1.0, failed / seen + 0.05):.2f}), "
+            f"and call again: what is done is saved in {saved}."
+        )
+
+
+def _counted(tables: Iterator[pa.Table], bar: console.Bar) -> Iterator[pa.Table]:
+    for table in tables:
+        yield table
+        bar.advance(len(table))
+
+
+def _in_this_process(chunks: Iterator[list[str]], images: ImageSet, finder: Finder) -> Generator[list[Row], None, None]:
+    for chunk in chunks:
+        for name in chunk:
+            yield [_row(images, name, finder)]
+
+
+def _in_processes(
+    chunks: Iterator[list[str]], images: ImageSet, finder: Finder, workers: int
+) -> Generator[list[Row], None, None]:
+    """Rows as they come. An image that kills its worker (out of memory, a library's crash) is a failure."""
+    unfinished = True
+    while unfinished:
+        running: dict[Future, list[str]] = {}
+        with _pool(images, finder, workers) as pool:
+            try:
+                while unfinished or running:
+                    while unfinished and len(running) < 3 * workers:
+                        chunk = next(chunks, None)
+                        if chunk is None:
+                            unfinished = False
+                        else:
+                            running[_submit(pool, chunk)] = chunk
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         rows = future.result()
                         del running[future]
@@ -316,7 +422,7 @@ def _in_processes(pending: list[str], folder: Path, finder: Finder, workers: int
                 pass
         suspects = [name for chunk in running.values() for name in chunk]
         while suspects:  # one at a time, to tell the culprit from those it took along
-            with _pool(folder, finder, 1) as pool:
+            with _pool(images, finder, 1) as pool:
                 try:
                     while suspects:
                         yield _submit(pool, suspects[:1]).result()
@@ -324,15 +430,15 @@ def _in_processes(pending: list[str], folder: Path, finder: Finder, workers: int
                 except BrokenProcessPool:
                     name = suspects.pop(0)
                     reason = "its worker process died (out of memory, or a crash in a library)"
-                    yield [Row(name, _file_size(folder / name), error=reason)]
+                    yield [Row(name, images.bytes_of(name), error=reason)]
 
 
 @contextlib.contextmanager
-def _pool(folder: Path, finder: Finder, workers: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(images: ImageSet, finder: Finder, workers: int) -> Iterator[ProcessPoolExecutor]:
     """Workers started by spawn: a fork would inherit locks from the threads of torch and OpenCV."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (folder, finder, stop))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (images, finder, stop))
     try:
         try:
             _submit(pool, []).result()
@@ -360,15 +466,15 @@ def _submit(pool: ProcessPoolExecutor, names: list[str]) -> Future:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker: tuple[Path, Finder, Event]
+_worker: tuple[ImageSet, Finder, Event]
 
 
-def _start_worker(folder: Path, finder: Finder, stop: Event) -> None:
+def _start_worker(images: ImageSet, finder: Finder, stop: Event) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # where it can't be blocked
     threading.Thread(target=_die_with_parent, daemon=True).start()
     cv2.setNumThreads(1)
-    _worker = (folder, finder, stop)
+    _worker = (images, finder, stop)
 
 
 def _die_with_parent() -> None:
@@ -380,18 +486,17 @@ def _die_with_parent() -> None:
 
 
 def _do(names: list[str]) -> list[Row]:
-    folder, finder, stop = _worker
-    return [_row(folder, name, finder) for name in names if not stop.is_set()]
+    images, finder, stop = _worker
+    return [_row(images, name, finder) for name in names if not stop.is_set()]
 
 
-def _row(folder: Path, name: str, finder: Finder) -> Row:
-    path = folder / name
-    file_bytes = _file_size(path)
+def _row(images: ImageSet, name: str, finder: Finder) -> Row:
+    file_bytes = images.bytes_of(name)
     try:
-        width, height = size_of(path)
-        found = finder(decode(path, finder.decode_px(width, height)), width, height, name)
+        width, height = images.size_of(name)
+        found = finder(images.decode(name, finder.decode_px(width, height)), width, height, name)
     except ImageError as error:
-        return Row(name, file_bytes, error=str(error).removeprefix(f"{path}: "))
+        return Row(name, file_bytes, error=str(error).removeprefix(f"{images.source(name)}: "))
     except Exception as error:  # whatever one image does to a library, the others are still to be done
         return Row(name, file_bytes, error=f"{finder.settings.engine} failed ({type(error).__name__}: {error})")
     return Row(name, file_bytes, width, height, found.boxes, found.n_raw, found.fallback)
@@ -401,37 +506,18 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _file_size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None
-
-
 @contextlib.contextmanager
-def _only_writer(parts: Path) -> Iterator[None]:
-    """Hold a lock in ``parts`` (made if need be); it goes with the process, however that ends."""
+def _shared(images: ImageSet, folder: Path) -> Iterator[None]:
+    """Keep the list of images in a file while workers read it."""
+    index = images.share(folder).index
+    assert index is not None
     try:
-        parts.mkdir(parents=True, exist_ok=True)
-        handle = open(parts / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise RunError(f"{parts}: can't be written ({error.strerror}). Choose another --out.") from error
-    with handle:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            pass
-        else:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"{parts}: another process is making these proposals. Wait for it.") from None
-            except OSError:
-                pass  # a file system without locks
         yield
+    finally:
+        index.unlink(missing_ok=True)
 
 
-def _metadata(settings: ProposalSettings, engine: ProposalEngine, folder: Path) -> dict[str, Any]:
+def _metadata(settings: ProposalSettings, engine: ProposalEngine, images: Path) -> dict[str, Any]:
     try:
         headstart_version = version("headstart")
     except PackageNotFoundError:
@@ -440,12 +526,12 @@ def _metadata(settings: ProposalSettings, engine: ProposalEngine, folder: Path) 
         "settings": settings.model_dump(),
         "engine": engine.name,
         "engine_version": engine.version,
-        "folder": folder.resolve().name,
+        "folder": images.resolve().name,
         "headstart": headstart_version,
     }
 
 
-def _check_same(files: Iterable[ProposalFile], metadata: dict[str, Any], pending: list[str]) -> None:
+def _check_same(files: Iterable[ProposalFile], metadata: dict[str, Any], pending: bool) -> None:
     """Rows made in two ways must not get into one table."""
     for file in files:
         old, new = dict(file.metadata["settings"]), dict(metadata["settings"])
@@ -464,51 +550,72 @@ def _check_same(files: Iterable[ProposalFile], metadata: dict[str, Any], pending
             )
 
 
-def _check_unreadable(
-    state: _State, folder: Path, settings: ProposalSettings, saved: Path, finished: bool = False
-) -> None:
-    seen, failed = len(state.place), len(state.failures)
-    if failed <= settings.max_unreadable * seen or (seen < EARLY_CHECK_IMAGES and not finished):
+def _failures(path: Path) -> Iterator[tuple[str, str]]:
+    """(image, why it can't be used) of a finished file."""
+    with readable(path), pq.ParquetFile(path, memory_map=True) as reader:
+        for batch in reader.iter_batches(ROW_GROUP, columns=["image", "error"]):
+            failed = batch.filter(batch.column("error").is_valid())
+            yield from zip(failed.column("image").to_pylist(), failed.column("error").to_pylist(), strict=True)
+
+
+def _unusable_file(out: Path) -> Path:
+    return out.with_name(out.name + UNUSABLE_SUFFIX)
+
+
+def _list_unusable(out: Path, count: int) -> None:
+    """Beside ``out``, where a summary does not show them all."""
+    if count <= SHOWN:
+        _unusable_file(out).unlink(missing_ok=True)
         return
-    first = "".join(f"\n  {name}: {reason}" for name, reason in list(state.failures.items())[:5])
-    raise DataError(
-        f"{folder}: {failed} of {seen} images can't be used, more than the share "
-        f"max_unreadable={settings.max_unreadable:g}:{first}{', ...' if failed > 5 else ''}\n"
-        f"Mend or remove them, or allow more (max_unreadable={min(1.0, failed / seen + 0.05):.2f}), "
-        f"and call again: what is done is saved in {saved}."
-    )
+    with replacing(_unusable_file(out)) as temporary, open(temporary, "w", encoding="utf-8") as handle:
+        for name, reason in _failures(out):
+            line = "\t".join(text.translate(_ONE_CELL) for text in (name, reason))
+            handle.write(f"{line}\n")
+
+
+_ONE_CELL = {ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"}
 
 
 def _summary(path: Path, seconds: float, new: int, gone: int) -> ProposeSummary:
-    counts, fallbacks, failures = [], Counter[str](), {}
-    sizes = np.zeros(10, np.int64)
-    with readable(path):
-        reader = pq.ParquetFile(path, memory_map=True)
-        for batch in reader.iter_batches(ROW_GROUP):
-            rows = {name: batch.column(name) for name in batch.schema.names}
-            errors = zip(rows["image"].to_pylist(), rows["error"].to_pylist(), strict=True)
-            failures.update({name: error for name, error in errors if error is not None})
-            fallbacks.update(fallback for fallback in rows["fallback"].to_pylist() if fallback)
-            lengths = rows["boxes"].value_lengths().to_numpy(zero_copy_only=False)
-            counts.append(lengths[rows["error"].is_null().to_numpy(zero_copy_only=False)])
-            xyxy = rows["boxes"].flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
-            image_area = rows["width"].to_numpy().astype(np.float64) * rows["height"].to_numpy()
+    images, sizes = 0, np.zeros(10, np.int64)
+    with_boxes, fallbacks = Counter[int](), Counter[str]()  # images by number of boxes, by fallback
+    with readable(path), pq.ParquetFile(path, memory_map=True) as reader:
+        for batch in reader.iter_batches(ROW_GROUP, columns=["width", "height", "boxes", "fallback", "error"]):
+            images += len(batch)
+            rows = batch.filter(batch.column("error").is_null())
+            fallbacks.update(fallback for fallback in rows.column("fallback").to_pylist() if fallback)
+            lengths = rows.column("boxes").value_lengths().to_numpy(zero_copy_only=False)
+            with_boxes.update(lengths.tolist())
+            xyxy = rows.column("boxes").flatten().flatten().to_numpy(zero_copy_only=False).reshape(-1, 4)
+            image_area = rows.column("width").to_numpy().astype(np.float64) * rows.column("height").to_numpy()
             relative = np.sqrt(box_ops.area(xyxy) / np.repeat(image_area, lengths))
             sizes += np.histogram(relative, bins=10, range=(0, 1 + 1e-6))[0]
-    every = np.concatenate(counts) if counts and sum(map(len, counts)) else np.zeros(1, np.int64)
+    unusable = images - with_boxes.total()
     return ProposeSummary(
         path=path,
-        images=reader.metadata.num_rows - len(failures),
-        boxes_per_image={
-            "mean": float(every.mean()),
-            "median": float(np.median(every)),
-            "min": float(every.min()),
-            "max": float(every.max()),
-        },
+        images=with_boxes.total(),
+        boxes_per_image=_statistics(with_boxes),
         fallbacks={name: fallbacks[name] for name in FALLBACKS},
-        failures=failures,
+        unusable_images=unusable,
+        failures=dict(itertools.islice(_failures(path), SHOWN)) if unusable else {},
+        failures_file=_unusable_file(path) if unusable > SHOWN and _unusable_file(path).exists() else None,
         seconds=seconds,
         new_images=new,
         gone_images=gone,
         size_counts=tuple(int(count) for count in sizes),
     )
+
+
+def _statistics(counts: Counter[int]) -> dict[str, float]:
+    """Mean, median, least and most of numbers of which each came ``counts[number]`` times."""
+    if not counts:
+        return {"mean": 0.0, "median": 0.0, "min": 0.0, "max": 0.0}
+    numbers = np.array(sorted(counts))
+    ends = np.cumsum([counts[number] for number in numbers])  # of the runs of equal numbers, sorted
+    middle = [numbers[np.searchsorted(ends, place, "right")] for place in ((ends[-1] - 1) // 2, ends[-1] // 2)]
+    return {
+        "mean": sum(number * count for number, count in counts.items()) / counts.total(),
+        "median": float(np.mean(middle)),
+        "min": float(numbers[0]),
+        "max": float(numbers[-1]),
+    }
