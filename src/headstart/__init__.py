@@ -1,6 +1,7 @@
 """Headstart pretrains whole object detectors, heads included, on images nobody has labelled.
 
-The verbs are the whole public surface; each is also a command of the same name::
+The verbs are the whole public surface; each is also a command of the same name (``preview`` is
+``headstart propose --preview``)::
 
     import headstart
 
@@ -19,18 +20,20 @@ __version__ = "0.1.0"
 # Verbs are imported when first used: `import headstart` stays free of torch.
 _VERBS = {
     "propose": "headstart.verbs.propose",
+    "preview": "headstart.verbs.preview",
     "pretrain": "headstart.verbs.pretrain",
     "finetune": "headstart.verbs.finetune",
     "evaluate": "headstart.verbs.evaluate",
     "report": "headstart.verbs.report",
 }
 
-__all__ = ["__version__", "evaluate", "finetune", "pretrain", "propose", "report"]
+__all__ = ["__version__", "evaluate", "finetune", "pretrain", "preview", "propose", "report"]
 
 if TYPE_CHECKING:
     from headstart.verbs.evaluate import evaluate
     from headstart.verbs.finetune import finetune
     from headstart.verbs.pretrain import pretrain
+    from headstart.verbs.preview import preview
     from headstart.verbs.propose import propose
     from headstart.verbs.report import report
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
+import headstart
 from headstart.cli import app
 from headstart.errors import DataError, SettingsError
 from headstart.proposals import ProposalSettings
@@ -69,6 +70,10 @@ def test_a_picture_beside_the_file(file, photos):
     assert picture.shape[1] == module.WIDTH
     assert picture.shape[0] > 4 * module.CAPTION_HEIGHT + module.HISTOGRAM_HEIGHT
     assert sorted(path.name for path in file.parent.iterdir()) == ["p.parquet", "p.png", "photos"]
+
+
+def test_it_is_a_verb():
+    assert headstart.preview is preview
 
 
 def test_it_repeats_and_follows_its_seed(file, photos, tmp_path):

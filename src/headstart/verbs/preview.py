@@ -150,7 +150,7 @@ class _Tile:
 def _facts(path: Path) -> _Facts:
     per_image, sizes = np.zeros(1, np.int64), np.zeros(1, np.int64)
     usable, failures, fallbacks = [], 0, 0
-    with readable(path), pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+    with readable(path), pq.ParquetFile(path, page_checksum_verification=True) as file:
         metadata = metadata_of(path, file.schema_arrow)
         for group in range(file.num_row_groups):
             rows = file.read_row_group(group, ["boxes", "fallback", "error"])
@@ -178,7 +178,7 @@ def _sample(facts: _Facts, count: int, rng: np.random.Generator) -> Iterator[dic
     edges = np.linspace(0, facts.images, count + 1).astype(np.int64)
     chosen = rng.integers(edges[:-1], edges[1:])
     first = np.concatenate([[0], facts.usable.cumsum()])
-    with readable(facts.path), pq.ParquetFile(facts.path, memory_map=True) as file:
+    with readable(facts.path), pq.ParquetFile(facts.path) as file:
         for group in np.unique(np.searchsorted(first, chosen, "right") - 1):
             rows = file.read_row_group(int(group))
             rows = rows.filter(rows["error"].is_null())
