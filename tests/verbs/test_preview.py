@@ -1,4 +1,6 @@
 import io
+import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 
 import headstart
 from headstart.cli import app
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import DataError, SettingsError
 from headstart.proposals import ProposalSettings
 from headstart.proposals.store import Row, schema_for, table_of, write_rows
@@ -153,7 +156,7 @@ def test_lines_stand_out_from_dark_grey_and_light_photos(tmp_path, level):
 def test_captions(photos, boxes, fallback, text):
     found = np.tile(np.array([[0, 0, 60, 60]], np.float32), (boxes, 1)).tolist()
     values = {"image": "000.png", "width": 120, "height": 90, "boxes": found, "fallback": fallback}
-    assert module._tile(photos, values, 6, np.random.default_rng(0)).caption == text
+    assert module._tile(ImageSet(photos), values, 6, np.random.default_rng(0)).caption == text
 
 
 def test_images_that_are_gone_are_shown_as_such(file, photos):
@@ -162,8 +165,22 @@ def test_images_that_are_gone_are_shown_as_such(file, photos):
     assert preview(file, photos).exists()
     for path in photos.iterdir():
         path.unlink()
+    Image.new("RGB", (60, 40)).save(photos / "another.png")
     with pytest.raises(DataError, match=r"photos: none of 24 images of .*p\.parquet can be read, .*no such file"):
         preview(file, photos)
+
+
+def test_images_in_tar_shards(rows, photos, tmp_path):
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as shard:
+        for path in sorted(photos.iterdir()):
+            shard.add(path, path.name)
+    packed = [replace(each, image=f"0.tar/{each.image}") for each in rows]
+    file = write(tmp_path / "q.parquet", packed)
+    tiles = module._sample(module._facts(file), 5, np.random.default_rng(0))
+    images = ImageSet(tmp_path / "shards")
+    assert all(module._tile(images, each, 6, np.random.default_rng(0)).picture is not None for each in tiles)
+    assert preview(file, tmp_path / "shards").exists()
 
 
 def test_names_of_any_length_and_script(tmp_path, recwarn):

@@ -24,7 +24,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from headstart import boxes as box_ops
-from headstart.datasets.images import decode
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import DataError, ImageError, SettingsError
 from headstart.files import replacing
 from headstart.proposals import ProposalSettings
@@ -62,7 +62,7 @@ def preview(
 
     Args:
         proposals: file that ``headstart propose`` wrote; read a piece at a time, however large.
-        images: the folder it was made from.
+        images: the folder or tar shard it was made from.
         out: PNG file; default: beside ``proposals``, with the suffix .png.
         count: images shown.
         boxes: boxes drawn in an image, at most: a random choice of all it has, as in SoCo's Figure 2.
@@ -76,7 +76,7 @@ def preview(
         SettingsError: ``out`` is no PNG, or a number is below 1.
         RunError: ``out`` can't be written.
     """
-    proposals, images = Path(proposals), Path(images)
+    proposals = Path(proposals)
     out = proposals.with_suffix(".png") if out is None else Path(out)
     if out.suffix.lower() != ".png":
         raise SettingsError(f"{out}: the preview is a PNG picture; expected a name that ends in .png")
@@ -84,7 +84,8 @@ def preview(
         raise SettingsError(f"preview: count={count} and boxes={boxes} must be at least 1")
     rng = np.random.default_rng(seed)
     facts = _facts(proposals)
-    tiles = [_tile(images, row, boxes, rng) for row in _sample(facts, min(count, facts.images), rng)]
+    found = ImageSet(images)
+    tiles = [_tile(found, row, boxes, rng) for row in _sample(facts, min(count, facts.images), rng)]
     if all(tile.picture is None for tile in tiles):
         raise DataError(
             f"{images}: none of {len(tiles)} images of {proposals} can be read, for example {tiles[0].name}: "
@@ -186,14 +187,14 @@ def _sample(facts: _Facts, count: int, rng: np.random.Generator) -> Iterator[dic
             yield from rows.take(pa.array(inside)).to_pylist()
 
 
-def _tile(folder: Path, row: dict[str, Any], most: int, rng: np.random.Generator) -> _Tile:
+def _tile(images: ImageSet, row: dict[str, Any], most: int, rng: np.random.Generator) -> _Tile:
     found = np.array(row["boxes"], np.float32).reshape(-1, 4)
     drawn = found[np.sort(rng.permutation(len(found))[:most])]
     width, height = row["width"], row["height"]
     scale = min((_tile_width() / width), PHOTO_HEIGHT / height)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     try:
-        picture = decode(folder / row["image"], short_side_px=min(size))
+        picture = images.decode(row["image"], short_side_px=min(size))
     except ImageError as error:
         return _Tile(row["image"], None, drawn[:0], len(found), row["fallback"], str(error))
     picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
