@@ -55,3 +55,17 @@ def test_a_preset_is_kept_as_its_values():
 def test_unknown_presets_are_answered_with_the_known(bad):
     with pytest.raises(SettingsError, match=r"^propose: preset: .*'soco', 'soco_code'.*'updetr'.* \(got "):
         validate(ProposalSettings, {"preset": bad}, "propose")
+
+
+def test_a_recipe_names_a_preset_and_what_is_set_wins():
+    from headstart import recipes
+    from headstart.settings import merge, parse_assignments
+    from headstart.verbs.pretrain import config_type
+
+    kind = config_type("soco", "mask_rcnn")
+    given = recipes.read("soco_table1_100ep", "pretrain")
+    given["method"].pop("name", None)
+    chosen = lambda *sets: validate(kind, merge(given, parse_assignments(kind, sets))).proposals.model_dump()
+    assert chosen() == ProposalSettings(preset="soco").model_dump()
+    assert chosen("proposals.scale=80") == ProposalSettings(preset="soco", scale=80).model_dump()
+    assert chosen("preset=soco_code", "top_k=5") == ProposalSettings(preset="soco_code", top_k=5).model_dump()
