@@ -35,7 +35,13 @@ app = typer.Typer(
 )
 
 # Options that mean the same everywhere are written once, here.
-Images = Annotated[Path, typer.Argument(help="Folder of images, read with all its subfolders.", metavar="PHOTOS")]
+Images = Annotated[
+    Path,
+    typer.Argument(
+        help="Folder of images, read with all its subfolders and the .tar shards in them; or one .tar file.",
+        metavar="PHOTOS",
+    ),
+]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.", show_default=False)]
 Recipe = Annotated[
     str | None,
@@ -168,6 +174,15 @@ def propose(
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  \\[default: opencv]")] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.  \\[default: all cores]")] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="Do the i-th of n equal shares of the images, i from 0 to n-1: for the jobs of a cluster, all with "
+            "the same --out. The one that finishes last writes it.",
+            metavar="i/n",
+        ),
+    ] = None,
     seed: Seed = None,
     settings: Set = None,
     preview: Annotated[
@@ -181,7 +196,8 @@ def propose(
 ) -> None:
     """Find class-less boxes (Selective Search) in a folder of images, for every method to train on.
 
-    A killed command goes on where it stopped when it is repeated; new images in the folder are added.
+    A killed command goes on where it stopped when it is repeated; new images in the folder are added. In a cluster's
+    job array, each job does its share: headstart propose PHOTOS --out FILE --shard $SLURM_ARRAY_TASK_ID/100
     """
     from headstart.proposals import ProposalSettings
     from headstart.settings import merge, parse_assignments, validate
@@ -190,9 +206,9 @@ def propose(
     given = {"preset": preset, "engine": engine, "seed": seed}
     explicit = {k: v for k, v in given.items() if v is not None}
     values = merge(explicit, parse_assignments(ProposalSettings, settings or []))
-    summary = run(images, out, settings=validate(ProposalSettings, values, "propose"), workers=workers)
+    summary = run(images, out, settings=validate(ProposalSettings, values, "propose"), workers=workers, shard=shard)
     results.print(summary.table())
-    if preview or preview_out is not None:
+    if (preview or preview_out is not None) and summary.path.exists():  # a job with --shard may have to leave it
         from headstart.verbs.preview import preview as draw
 
         results.print(f"preview: {draw(summary.path, images, preview_out)}", markup=False, soft_wrap=True)

@@ -7,13 +7,12 @@ import heapq
 import json
 import os
 import time
-import uuid
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
 import numpy as np
@@ -28,7 +27,6 @@ from headstart.errors import DataError
 from headstart.files import replacing
 
 SHARD_SUFFIX = ".tar"
-INDEX_PREFIX = "images-"  # of the files that share() writes
 SLOW_S = 2.0  # a listing that takes longer shows how far it is
 STAT_THREADS = 16  # on a cluster's file system each stat waits for the network
 BATCH = 1 << 16  # names that are Python objects at a time
@@ -167,22 +165,20 @@ class ImageSet:
         found = pc.index_in(names.cast(pa.large_string()), value_set=here)
         return np.where(found.is_null(), -1, found.fill_null(0).to_numpy().astype(np.int64) + first)
 
-    def share(self, folder: Path | str) -> ImageSet:
-        """Move the index into a file in ``folder``, from which this and other processes map it; returns self.
+    def share(self, file: Path) -> None:
+        """Move the index into an Arrow file, from which this and other processes map it.
 
         Raises:
-            RunError: the folder can't be written.
+            RunError: it can't be written.
         """
-        file = Path(folder) / f"{INDEX_PREFIX}{uuid.uuid4().hex}.arrow"
         with replacing(file) as temporary, pa.ipc.new_file(str(temporary), self._table.schema) as writer:
             writer.write_table(self._table)
-        return self.adopt(file)
+        self.adopt(file)
 
-    def adopt(self, file: Path) -> ImageSet:
-        """Use the index that another process shared; returns self."""
+    def adopt(self, file: Path) -> None:
+        """Use the index that another process shared."""
         self.index = file
         self._open(pa.ipc.open_file(pa.memory_map(str(file))).read_all())
-        return self
 
     def __getstate__(self) -> dict[str, Any]:
         state = {"path": self.path, "_base": self._base, "notes": self.notes, "index": self.index}
@@ -259,6 +255,24 @@ class ImageSet:
                 f"{self.path}: {twice:,} names are twice in their shard; the later one counts, as when it is unpacked"
             )
         return table
+
+
+def find(path: Path | str, name: str) -> Path | Member:
+    """Where an image of ``ImageSet(path)`` is, for a few of them: without listing all the others.
+
+    A name that is nowhere gives the path of the file that is missing.
+
+    Raises:
+        DataError: its shard can't be read.
+    """
+    path = Path(path)
+    base = path.parent if path.is_file() else path
+    parts = PurePosixPath(name).parts
+    for end in range(1, len(parts)):
+        shard = base.joinpath(*parts[:end])
+        if shard.suffix.lower() == SHARD_SUFFIX and shard.is_file():
+            return ImageSet(shard).source("/".join(parts[end - 1 :]))
+    return base / name
 
 
 class _Listed:

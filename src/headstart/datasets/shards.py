@@ -116,7 +116,7 @@ def images_in(
                 if problem := _ending(shard, archive.offset, found):
                     note(f"{shard}: {problem}")
                 break
-            archive.members = []  # type: ignore[attr-defined] - tarfile would keep them all
+            archive.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
             if archive.offset <= info.offset or info.size < 0:  # it would come back here for ever
                 note(f"{shard}: {_ending(shard, info.offset, found, 'a file of negative size')}")
                 break

@@ -4,8 +4,8 @@ Finished rows lie in ``<out>.parts/``, a small Parquet file every few seconds, w
 of an array, each on its share of the images. Who comes last joins all rows into ``out``, then removes the parts.
 
 The locks go with the process that holds them, however that ends. On a file system without locks (a warning says so)
-nobody is refused, and the result is the same: a part is written once under a name of its own, and is removed only when
-all its rows are in ``out``.
+nobody is refused. Still no row is lost: a part is written once, under a name of its own, and is removed only when all
+its rows are in ``out``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import numpy as np
 import pyarrow as pa
 
 from headstart import console
-from headstart.datasets.image_set import INDEX_PREFIX, ImageSet
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import RunError, SettingsError
 from headstart.files import TEMPORARY_PREFIX, clear_leftovers
 from headstart.proposals.store import NAMED, ROW_GROUP, ProposalFile
 
 PART_PREFIX = "part-"
+INDEX_PREFIX = "images-"  # of the lists of images that processes share with their workers
 LOCK_PREFIX = "lock"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headstart import detectors, distributed, methods, recipes
 from headstart.console import notes
-from headstart.datasets.images import decode, list_images, size_of
+from headstart.datasets.image_set import ImageSet
 from headstart.detectors.detector import Detector, lent
 from headstart.detectors.weights import save_detector, write_plain_code
 from headstart.ema import EMA
@@ -135,34 +135,37 @@ class _OnTheFly:
     """The same boxes as :class:`_FromFile`, found when asked for (DETReg). They are not kept: an image is searched
     again in each epoch, and gets the same boxes again."""
 
-    folder: Path
-    names: Sequence[str]
+    images: ImageSet
     find: Finder
 
     def __call__(self, index: int) -> tuple[np.ndarray, int]:
-        name = self.names[index]
-        path = self.folder / name
-        width, height = size_of(path)
+        name = self.images.names[index]
+        width, height = self.images.size_of(name)
         # Decoded for the search alone: a view's reduced scale would give other boxes than the file has.
-        image = decode(path, self.find.decode_px(width, height))
+        image = self.images.decode(name, self.find.decode_px(width, height))
         try:
             return self.find(image, width, height, name).boxes, width
         except Exception as error:  # as in the file: one image that a library fails on does not end the run
             engine = self.find.settings.engine
-            raise ImageError(f"{path}: {engine} failed ({type(error).__name__}: {error})") from error
+            raise ImageError(
+                f"{self.images.source(name)}: {engine} failed ({type(error).__name__}: {error})"
+            ) from error
 
 
 @dataclass
 class _Loader:
     """Index -> views, in a data worker."""
 
-    folder: Path
-    names: Sequence[str]
+    images: ImageSet
+    usable: ProposalStore | None  # index counts its images, where there is one
     method: Method
     boxes_of: Callable[[int], tuple[np.ndarray, int]] | None
 
+    def name_of(self, index: int) -> str:
+        return (self.images.names if self.usable is None else self.usable.images)[index]
+
     def __call__(self, index: int, rng: np.random.Generator) -> Any:
-        image = decode(self.folder / self.names[index], short_side_px=self.method.decode_px)
+        image = self.images.decode(self.name_of(index), short_side_px=self.method.decode_px)
         boxes = np.zeros((0, 4), np.float32)
         if self.boxes_of is not None:
             boxes, width = self.boxes_of(index)
@@ -193,7 +196,7 @@ def pretrain(
     Args:
         detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place; None:
             the recipe's, or "faster_rcnn".
-        images: folder, read with all its subfolders.
+        images: folder, read with all its subfolders and the .tar shards in it; or one .tar file.
         method: name of the pretraining method.
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
         backbone: backbone name, where ``detector`` is a name.
@@ -237,8 +240,7 @@ def pretrain(
     if epochs is not None and max_steps is None:
         config.train.max_steps = None
 
-    folder = Path(images)
-    found = list_images(folder)
+    found = ImageSet(images, progress=show and distributed.is_main())
     out = Path(out) if out is not None else Path("runs") / f"{method}-{name if given is None else 'detector'}"
     compute = pick_device(config.train.device)
     with distributed.processes(compute):
@@ -247,6 +249,8 @@ def pretrain(
         pretraining_method = methods.method_type(method)(config.method)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
         if show and distributed.is_main():
+            for note in found.notes:
+                notes.print(note, markup=False, soft_wrap=True)
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"
@@ -267,30 +271,32 @@ def pretrain(
                 **({"detector": {"object": type(given).__name__}} if given is not None else {}),
             },
             "data": {
-                "images": str(folder),
+                "images": str(found.path),
                 "n_images": len(found),
-                "fingerprint": fingerprint(found, [(folder / n).stat().st_size for n in found]),
+                "fingerprint": fingerprint(found.names, found.sizes().tolist()),
                 **source,
             },
             "notes": chosen,
         }
         run = Run.start(out, record, resume)
+        _share(found, run.path / CACHE)
+        store: ProposalStore | None = None
         boxes_of: Callable[[int], tuple[np.ndarray, int]] | None = None
         if on_the_fly:
-            boxes_of = _OnTheFly(folder, found, Finder(config.proposals))
+            boxes_of = _OnTheFly(found, Finder(config.proposals))
         elif pretraining_method.needs_proposals:
-            store = _proposals(folder, file, config.proposals, run.path / CACHE, show)
-            found = store.images
+            store = _proposals(found, file, config.proposals, run.path / CACHE, show)
             boxes_of = _FromFile(store)
+        load = _Loader(found, store, pretraining_method, boxes_of)
         with lent(wrapped):
             model = Pretraining(pretraining_method, wrapped)
             job = Job(
                 name=method,
                 model=model,
-                images=len(found),
-                load=_Loader(folder, found, pretraining_method, boxes_of),
+                images=len(found if store is None else store),
+                load=load,
                 collate=_Views,
-                name_of=found.__getitem__,
+                name_of=load.name_of,
                 after_step=model.after_step,
                 watch=model.watch,
                 warn=pretraining_method.warnings,
@@ -323,12 +329,21 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
     return notes_
 
 
-def _proposals(folder: Path, file: Path, settings: ProposalSettings, cache: Path, show: bool) -> ProposalStore:
-    """Boxes of ``folder`` from ``file``, which the main process makes first where it is absent."""
+def _share(images: ImageSet, cache: Path) -> None:
+    """One list of the images for all processes and their workers, as the main process sees it."""
+    file = cache / "images.arrow"
+    if distributed.is_main():
+        images.share(file)
+    distributed.barrier()
+    images.adopt(file)
+
+
+def _proposals(images: ImageSet, file: Path, settings: ProposalSettings, cache: Path, show: bool) -> ProposalStore:
+    """Boxes of ``images`` from ``file``, which the main process makes first where it is absent."""
     if distributed.is_main():
         if not file.is_file():
-            propose(folder, file, settings=settings, progress=show)
-        ProposalStore.open(file, cache=cache).check_images(folder)
+            propose(images.path, file, settings=settings, progress=show)
+        ProposalStore.open(file, cache=cache).check_images(images)
     distributed.barrier()
     store = ProposalStore.open(file, cache=cache)
     if not len(store):

@@ -40,7 +40,7 @@ from headstart.files import replacing
 from headstart.proposals import ProposalEngine, ProposalSettings
 from headstart.proposals.filters import FALLBACKS
 from headstart.proposals.finder import Finder
-from headstart.proposals.parts import PART_PREFIX, Parts, Rows, Share
+from headstart.proposals.parts import INDEX_PREFIX, PART_PREFIX, Parts, Rows, Share
 from headstart.proposals.store import (
     NAMED,
     ROW_GROUP,
@@ -57,6 +57,7 @@ __all__ = ["ProposalSettings", "ProposeSummary", "ShardSummary", "propose"]
 PART_IMAGES = 2048
 PART_SECONDS = 5.0  # at most this much work of all workers is lost when everything is killed
 CHUNK = 8  # images a worker is handed at a time
+CHUNK_SECONDS = 1.0  # after which it returns what it has
 EARLY_CHECK_IMAGES = 50
 SLOW_JOIN_IMAGES = 50_000  # from here on joining takes seconds, and shows how far it is
 SHOWN = 10  # images that a summary names
@@ -220,9 +221,9 @@ def propose(
             rows = making.rows(making.block, retry=True)
             making.check_unreadable(rows, making.block, making.parts.path)
             new = making.work(rows, workers)
-            making.check_unreadable(rows, making.block, making.parts.path, finished=True)
             gone = rows.gone
             if share is None:
+                making.check_unreadable(rows, making.block, making.parts.path, finished=True)
                 making.join(rows)
             else:
                 del rows
@@ -364,7 +365,10 @@ class _Making:
         """All rows into ``out``, if it has not got them yet; then the parts can go."""
         finished = next((file for file in rows.files if file.path == self.out), None)
         if finished is None or rows.differ_from(finished):
-            schema = schema_for(self.metadata)
+            # As the rows were made, which may be by an earlier version when none was to be made now.
+            metadata = {**self.metadata, "engine_version": rows.files[0].metadata["engine_version"]}
+            _check_same(rows.files, metadata, True)  # jobs that began at once did not see each other's parts
+            schema = schema_for(metadata)
             show = self.progress and len(self.images) >= SLOW_JOIN_IMAGES
             with console.progress("joining", len(self.images), "images", show=show) as bar:
                 write_rows(self.out, _counted(rows.in_order(schema), bar), schema)
@@ -414,9 +418,14 @@ def _in_processes(
                             unfinished = False
                         else:
                             running[_submit(pool, chunk)] = chunk
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    done = wait(running, timeout=CHUNK_SECONDS, return_when=FIRST_COMPLETED).done
+                    if not done:
+                        yield []  # so that what is there gets written, however slow the next image is
+                    for future in done:
                         rows = future.result()
-                        del running[future]
+                        chunk = running.pop(future)
+                        if rest := chunk[len(rows) :]:
+                            running[_submit(pool, rest)] = rest
                         yield rows
             except BrokenProcessPool:
                 pass
@@ -486,8 +495,15 @@ def _die_with_parent() -> None:
 
 
 def _do(names: list[str]) -> list[Row]:
+    """Rows of the first of ``names``: of as many as take a moment, since a kill loses what has not been returned."""
     images, finder, stop = _worker
-    return [_row(images, name, finder) for name in names if not stop.is_set()]
+    rows: list[Row] = []
+    end = time.monotonic() + CHUNK_SECONDS
+    for name in names:
+        if stop.is_set() or (rows and time.monotonic() > end):
+            break
+        rows.append(_row(images, name, finder))
+    return rows
 
 
 def _row(images: ImageSet, name: str, finder: Finder) -> Row:
@@ -509,12 +525,12 @@ def _cores() -> int:
 @contextlib.contextmanager
 def _shared(images: ImageSet, folder: Path) -> Iterator[None]:
     """Keep the list of images in a file while workers read it."""
-    index = images.share(folder).index
-    assert index is not None
+    file = folder / f"{INDEX_PREFIX}{uuid.uuid4().hex}.arrow"
     try:
+        images.share(file)
         yield
     finally:
-        index.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
 
 
 def _metadata(settings: ProposalSettings, engine: ProposalEngine, images: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from headstart.datasets.shards import Member
 from headstart.verbs.report import pictures
 from headstart.verbs.report.figures import Look
 from headstart.verbs.report.runs import Run, Start, start_labels, start_names
@@ -39,11 +40,11 @@ class Pictures:
     """Every photo of the page once, whatever shows it."""
 
     def __init__(self) -> None:
-        self.by_path: dict[Path, pictures.Thumbnail] = {}
+        self.by_path: dict[Path | Member, pictures.Thumbnail] = {}
 
-    def get(self, path: Path, width: int) -> pictures.Thumbnail:
+    def get(self, path: Path | Member, width: int) -> pictures.Thumbnail:
         """Raises: ImageError."""
-        key = path.resolve()
+        key = path.resolve() if isinstance(path, Path) else path
         if key not in self.by_path:
             self.by_path[key] = pictures.thumbnail(path, f"photo{len(self.by_path)}", width)
         return self.by_path[key]

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from headstart.datasets.images import decode
+from headstart.datasets.shards import Member
 
 THUMBNAIL_PX = 256
 JPEG_QUALITY = 80
@@ -59,7 +60,7 @@ class Picture:
     crowded: bool
 
 
-def thumbnail(path: Path, key: str, width: int) -> Thumbnail:
+def thumbnail(path: Path | Member, key: str, width: int) -> Thumbnail:
     """Args: width: of the original, px, upright.
 
     Raises:

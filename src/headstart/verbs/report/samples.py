@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.errors import DataError, ImageError
+from headstart.datasets.image_set import find
+from headstart.errors import DataError
 from headstart.proposals.store import ProposalStore
 from headstart.verbs.report import figures, pictures, words
 from headstart.verbs.report.parts import Note, Pictures, Shown
@@ -77,9 +78,9 @@ def _proposals(file: Path, folder: Path, photos: Pictures, images: int, name: st
         width, _ = store.size(i)
         boxes = np.array(store.boxes(i), np.float64)
         try:
-            thumb = photos.get(folder / store.images[i], width)
-        except ImageError as error:
-            if not folder.is_dir():
+            thumb = photos.get(find(folder, store.images[i]), width)
+        except DataError as error:
+            if not folder.exists():
                 section.notes.append(Note(f"No sample images: the folder {folder} is not there."))
                 break
             section.notes.append(Note(f"Left out of the samples: {error}"))
