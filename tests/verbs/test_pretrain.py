@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import headstart
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import ImageError, RunError
 from headstart.methods.soco import SoCo
 from headstart.proposals import ProposalSettings
@@ -76,7 +78,7 @@ def test_on_the_fly_gives_the_very_boxes_of_the_file(photos, tmp_path, settings)
     settings = ProposalSettings(**settings)
     file = headstart.propose(photos, tmp_path / "p.parquet", settings=settings, workers=0, progress=False).path
     store = ProposalStore.open(file)
-    kept, found = _FromFile(store), _OnTheFly(photos, store.images, Finder(settings))
+    kept, found = _FromFile(store), _OnTheFly(ImageSet(photos), Finder(settings))
     assert len(store) > 10
     for i in range(len(store)):
         assert kept(i)[1] == found(i)[1]
@@ -136,15 +138,26 @@ def test_images_that_fail_are_skipped_and_named(go, photos, tmp_path, monkeypatc
         return search(self, image, rng)
 
     monkeypatch.setattr(OpenCVSelectiveSearch, "__call__", fragile)
+    images = ImageSet(folder)
     with pytest.raises(ImageError, match=r"bad/odd\.png: opencv failed \(RuntimeError: odd width\)"):
-        _OnTheFly(folder, ["odd.png"], Finder(ProposalSettings()))(0)
+        _OnTheFly(images, Finder(ProposalSettings()))(images.names.index("odd.png"))
     summary = go(images=folder).summary
     assert summary.finished
     assert set(summary.unreadable) == {"odd.png"}  # 20 samples of 15 images: each was seen
 
 
+def test_on_the_fly_from_a_tar_shard_too(photos, tmp_path):
+    with tarfile.open(tmp_path / "all.tar", "w") as shard:
+        for path in sorted(photos.iterdir()):
+            shard.add(path, path.name)
+    find = Finder(ProposalSettings(scale=100))
+    plain, packed = _OnTheFly(ImageSet(photos), find), _OnTheFly(ImageSet(tmp_path / "all.tar"), find)
+    for i in range(len(plain.images)):
+        np.testing.assert_array_equal(plain(i)[0], packed(i)[0])
+
+
 def test_an_image_without_boxes_is_one_box_as_in_the_file(tmp_path):
     cv2.imwrite(str(tmp_path / "plain.png"), np.zeros((40, 50, 3), np.uint8))
-    boxes, width = _OnTheFly(tmp_path, ["plain.png"], Finder(ProposalSettings(preset="soco_code", side_min_px=45)))(0)
+    boxes, width = _OnTheFly(ImageSet(tmp_path), Finder(ProposalSettings(preset="soco_code", side_min_px=45)))(0)
     np.testing.assert_array_equal(boxes, [[0, 0, 50, 40]])
     assert width == 50

@@ -257,9 +257,8 @@ def pretrain(
         on_the_fly = pretraining_method.needs_proposals and str(file).replace("_", "-") == ON_THE_FLY
         source: dict[str, Any] = {"proposals": str(file) if pretraining_method.needs_proposals else None}
         if on_the_fly:
-            engine = make_engine(
-                config.proposals
-            )  # here first: what is wrong with it is said once, not by every worker
+            # Made here first: what is wrong with the engine is said once, not by every worker.
+            engine = make_engine(config.proposals)
             # A resumed run must get the boxes it began with; a file says this of itself.
             source = {"proposals": ON_THE_FLY, "proposal_engine": f"{engine.name} {engine.version}"}
         record = {
