@@ -35,7 +35,8 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as F
 
-from headstart.datasets.images import decode, list_images, size_of
+from headstart.datasets.image_set import ImageSet
+from headstart.datasets.images import decode, size_of
 from headstart.methods.soco import CROP_RETRIES, SoCo, SoCoSettings
 from headstart.views import worker_init
 
@@ -212,7 +213,7 @@ def sources(folder: Path, count: int) -> list[tuple[str, list[Path]]]:
     for name in ("bccd", "coco6k") if data else ():
         images = Path(str(data)) / name / "images"
         if images.is_dir():
-            found.append((name, [images / path for path in list_images(images)[:count]]))
+            found.append((name, [images / path for path in ImageSet(images).names[:count]]))
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from headstart.datasets import images
-from headstart.errors import DataError, ImageError
+from headstart.errors import ImageError
 
 
 def photo(height: int = 60, width: int = 90) -> np.ndarray:
@@ -255,65 +255,3 @@ def test_missing_folder_and_pipe(tmp_path: Path) -> None:
 def test_smallest_allowed(tmp_path: Path) -> None:
     path = save(photo(8, 8), tmp_path / "a.png")
     assert np.array_equal(images.decode(path), photo(8, 8))
-
-
-# ---- list_images -----------------------------------------------------------------------------------------
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def test_list_is_recursive_sorted_and_relative(tmp_path: Path) -> None:
-    touch(tmp_path, "b/2.JPG", "b/1.png", "a.TIFF", "notes.txt", "b/c/d/x.webp", ".hidden.jpg", ".git/y.jpg")
-    touch(tmp_path, "b/._1.png", "no_suffix", "archive.jpg.zip")
-    expected = ["a.TIFF", "b/1.png", "b/2.JPG", "b/c/d/x.webp"]
-    assert images.list_images(tmp_path) == expected
-    assert images.list_images(str(tmp_path)) == expected
-
-
-def test_list_below_a_hidden_parent(tmp_path: Path) -> None:
-    touch(tmp_path, ".cache/photos/a.jpg")
-    assert images.list_images(tmp_path / ".cache/photos") == ["a.jpg"]
-
-
-def test_links_are_followed_once_and_cycles_end(tmp_path: Path) -> None:
-    touch(tmp_path, "photos/z/a.jpg", "elsewhere/b.jpg")
-    root = tmp_path / "photos"
-    (root / "z" / "up").symlink_to(root)
-    (root / "a_link_to_z").symlink_to(root / "z")
-    (root / "linked").symlink_to(tmp_path / "elsewhere")
-    (root / "file.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")
-    assert images.list_images(root) == ["file.jpg", "linked/b.jpg", "z/a.jpg"]
-
-
-def test_list_through_a_link_to_the_folder(tmp_path: Path) -> None:
-    touch(tmp_path, "real/a/1.jpg")
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    assert images.list_images(tmp_path / "link") == ["a/1.jpg"]
-
-
-def test_list_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none: no such folder; expected a folder of images"):
-        images.list_images(tmp_path / "none")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty: is empty; expected images \(\.bmp .*\.jpg"):
-        images.list_images(tmp_path / "empty")
-    touch(tmp_path, "texts/a.txt", "texts/b/c.txt", "texts/d.json", "texts/.hidden.jpg", "texts/README")
-    with pytest.raises(DataError, match=r"texts: has 4 files \(2 x \.txt, .*1 x no suffix.*\) but no image"):
-        images.list_images(tmp_path / "texts")
-    with pytest.raises(DataError, match=r"a\.txt: is a file; expected a folder of images"):
-        images.list_images(tmp_path / "texts" / "a.txt")
-
-
-@pytest.mark.skipif(os.name != "posix", reason="names are Unicode elsewhere")
-def test_names_that_are_not_unicode(tmp_path: Path) -> None:
-    try:
-        with open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb"):
-            pass
-    except OSError:
-        pytest.skip("this file system refuses such names itself")
-    with pytest.raises(DataError, match="not valid UTF-8; rename it"):
-        images.list_images(tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from headstart.datasets import images, scenes
+from headstart.datasets.image_set import ImageSet
 from headstart.errors import RunError, SettingsError
 
 SIZES = {"unlabelled": 5, "train": 4, "val": 6}
@@ -24,10 +25,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_files(made: scenes.ScenesSummary) -> None:
-    assert len(images.list_images(made.path / "unlabelled")) == 5
-    assert len(images.list_images(made.path / "train" / "images")) == 4
-    assert len(images.list_images(made.path / "val" / "images")) == 6
-    for name in images.list_images(made.path):
+    assert len(ImageSet(made.path / "unlabelled")) == 5
+    assert len(ImageSet(made.path / "train" / "images")) == 4
+    assert len(ImageSet(made.path / "val" / "images")) == 6
+    for name in ImageSet(made.path).names:
         assert images.decode(made.path / name).shape == (96, 96, 3)
     assert json.loads((made.path / "scenes.json").read_text())["finished"]
     assert made.images == SIZES
@@ -199,7 +200,7 @@ def test_a_killed_call_can_be_repeated(tmp_path: Path, monkeypatch: pytest.Monke
     scenes.make_scenes(tmp_path, unlabelled=2, train=3, val=1, progress=False)
     smaller = scenes.make_scenes(tmp_path, unlabelled=1, train=3, val=0, progress=False)
     assert (tmp_path / "notes.txt").exists()
-    assert len(images.list_images(tmp_path / "unlabelled")) == 1
+    assert len(ImageSet(tmp_path / "unlabelled")) == 1
     assert not (tmp_path / "val").exists()
     assert smaller.table().row_count == 3
 

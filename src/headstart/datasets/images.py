@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from headstart.datasets.shards import Member
-from headstart.errors import DataError, ImageError
+from headstart.errors import ImageError
 
 IMAGE_SUFFIXES: frozenset[str] = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
@@ -26,35 +25,6 @@ MIN_SIDE_PX = 8
 _FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "TIFF", "PPM", "GIF")
 _ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-
-
-def list_images(folder: Path | str) -> list[str]:
-    """Every image file under ``folder``, by suffix, as sorted POSIX paths relative to it.
-
-    Hidden files and folders are left out. Links are followed, and each real folder is listed once, so that a
-    link to a parent does not lead in circles.
-
-    Raises:
-        DataError: there is no such folder, it can't be listed, or it holds no image.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise DataError(f"{folder}: no such folder; expected a folder of images")
-    if not folder.is_dir():
-        raise DataError(f"{folder}: is a file; expected a folder of images")
-    files = list(_files(folder))
-    found = sorted(name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
-    suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-    if not files:
-        raise DataError(f"{folder}: is empty; expected images ({suffixes})")
-    if not found:
-        kinds = Counter(Path(name).suffix.lower() or "no suffix" for name in files).most_common(5)
-        holds = ", ".join(f"{count} x {kind}" for kind, count in kinds)
-        raise DataError(f"{folder}: has {len(files)} files ({holds}) but no image; expected {suffixes}")
-    for name in found:
-        if not _is_unicode(name):
-            raise DataError(f"{folder}: the file name {name!r} is not valid UTF-8; rename it")
-    return found
 
 
 def decode(path: Path | Member | str, short_side_px: int | None = None) -> np.ndarray:
@@ -91,34 +61,6 @@ def size_of(path: Path | Member | str) -> tuple[int, int]:
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
-
-
-def _files(folder: Path) -> Iterator[str]:
-    def stop(error: OSError) -> None:
-        raise DataError(f"{error.filename}: can't be listed ({error.strerror})")
-
-    # Real folders first, links to folders afterwards: so a folder's own name wins over a link's.
-    seen: set[str] = set()
-    pending = [str(folder)]
-    while pending:
-        for parent, folders, names in os.walk(pending.pop(0), onerror=stop):
-            real = os.path.realpath(parent)
-            if real in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            pending += [p for name in folders if os.path.islink(p := os.path.join(parent, name))]
-            relative = Path(parent).relative_to(folder)
-            yield from ((relative / name).as_posix() for name in names if not name.startswith("."))
-
-
-def _is_unicode(name: str) -> bool:
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextmanager

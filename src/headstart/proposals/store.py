@@ -32,7 +32,7 @@ from headstart.files import replacing
 
 METADATA_KEY = b"headstart"
 ROW_GROUP = 4096  # rows held in memory at a time while a file is written or copied
-CACHED_BYTES = 256 << 20  # of row groups, while parts are joined
+CACHED_BYTES = 64 << 20  # of row groups, while parts are joined
 NAMED = 5  # images that an error names
 
 COLUMNS = pa.schema(
