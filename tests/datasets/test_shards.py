@@ -126,7 +126,7 @@ def test_a_damaged_header_ends_the_shard(tmp_path: Path, place: int) -> None:
     shard.write_bytes(content)
     found, (note,) = read(shard)
     assert len(found) == 3
-    assert "is damaged at byte 4,608" in note
+    assert "is damaged, or cut off, at byte 4,608" in note
 
 
 def test_a_negative_size_does_not_go_round_in_circles(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_negative_size_does_not_go_round_in_circles(tmp_path: Path) -> None:
     shard.write_bytes(content)
     found, (note,) = read(shard)
     assert [name for name, _, _ in found] == ["0.jpg"]
-    assert "is damaged at byte 1,024" in note
+    assert "is damaged, or cut off, at byte 1,024" in note
 
 
 def test_compressed_and_other_files_are_refused(tmp_path: Path) -> None:

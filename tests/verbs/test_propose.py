@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import random
@@ -5,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,12 +18,15 @@ from PIL import Image
 from rich.console import Console
 
 from headstart.boxes import iou
-from headstart.errors import DataError, RunError
+from headstart.datasets.image_set import ImageSet
+from headstart.errors import DataError, RunError, SettingsError
+from headstart.proposals.parts import Parts
 from headstart.proposals.store import ProposalStore
 from headstart.verbs import propose as propose_module
-from headstart.verbs.propose import ProposalSettings, propose
+from headstart.verbs.propose import ProposalSettings, ProposeSummary, ShardSummary, propose
 
 SMALL = ProposalSettings(scale=100)
+RANDOM = ProposalSettings(engine="random")
 N = 24
 
 
@@ -81,11 +87,11 @@ def test_default_place_is_beside_the_folder(folder, tmp_path):
 
 
 def test_table_does_not_depend_on_workers(folder, tmp_path):
-    for engine in ("opencv", "random"):
+    for engine in (SMALL.engine, "random"):
         settings = ProposalSettings(scale=100, engine=engine)
         alone = run(folder, tmp_path / f"{engine}0.parquet", settings).path
         assert same(alone, run(folder, tmp_path / f"{engine}2.parquet", settings, workers=2).path)
-    assert not same(tmp_path / "opencv0.parquet", tmp_path / "random0.parquet")
+    assert not same(tmp_path / f"{SMALL.engine}0.parquet", tmp_path / "random0.parquet")
 
 
 def test_random_boxes_follow_seed_and_path_alone(folder, tmp_path):
@@ -197,7 +203,7 @@ def test_other_settings_are_refused_with_both_values(folder, tmp_path, monkeypat
             run(folder, out)
     with pytest.raises(RunError, match=r"scale is 100\.0 there and 300\.0 now"):
         run(folder, out, ProposalSettings(scale=300))
-    with pytest.raises(RunError, match="engine is opencv there and random now"):
+    with pytest.raises(RunError, match=f"engine is {SMALL.engine} there and random now"):
         run(folder, out, ProposalSettings(scale=100, engine="random"))
 
 
@@ -303,9 +309,9 @@ def test_too_many_bad_images_stop_it_early(tmp_path, done):
 
 
 def test_an_engine_that_fails_on_one_image_is_a_failure_of_that_image(folder, tmp_path, monkeypatch):
-    from headstart.proposals.opencv import OpenCVSelectiveSearch
+    from headstart.proposals.random_boxes import RandomBoxes
 
-    search = OpenCVSelectiveSearch.__call__
+    search = RandomBoxes.__call__
 
     def fragile(self, image, rng):
         if image.shape[1] == width:
@@ -314,22 +320,260 @@ def test_an_engine_that_fails_on_one_image_is_a_failure_of_that_image(folder, tm
 
     width = 39
     Image.new("RGB", (width, 40)).save(folder / "odd.png")
-    monkeypatch.setattr(OpenCVSelectiveSearch, "__call__", fragile)
-    summary = run(folder, tmp_path / "p.parquet")
-    assert summary.failures == {"odd.png": "opencv failed (RuntimeError: odd width)"}
+    monkeypatch.setattr(RandomBoxes, "__call__", fragile)
+    summary = run(folder, tmp_path / "p.parquet", RANDOM)
+    assert summary.failures == {"odd.png": "random failed (RuntimeError: odd width)"}
+
+
+def test_more_unusable_images_than_are_shown_are_listed_beside_the_file(folder, tmp_path):
+    for i in range(12):
+        (folder / f"bad{i:02d}.png").write_bytes(b"no image")
+    (folder / "bad03.png").write_bytes(b"")
+    settings = ProposalSettings(engine="random", max_unreadable=0.5)
+    summary = run(folder, tmp_path / "p.parquet", settings)
+    assert summary.unusable_images == 12
+    assert list(summary.failures) == [f"bad{i:02d}.png" for i in range(10)]
+    assert summary.failures_file == tmp_path / "p.parquet.unusable.tsv"
+    lines = summary.failures_file.read_text().splitlines()
+    assert [line.split("\t")[0] for line in lines] == [f"bad{i:02d}.png" for i in range(12)]
+    assert lines[3] == "bad03.png\tempty file (zero bytes)"
+    text = io.StringIO()
+    Console(width=400, file=text).print(summary.table())
+    assert "12, left out" in text.getvalue()
+    assert f"... and 2 more; all of them: {summary.failures_file}" in text.getvalue()
+    for i in (1, 2):
+        (folder / f"bad{i:02d}.png").unlink()
+    summary = run(folder, tmp_path / "p.parquet", settings)
+    assert len(summary.failures) == 10
+    assert summary.failures_file is None
+    assert not (tmp_path / "p.parquet.unusable.tsv").exists()
+
+
+# Tar shards
+
+
+@pytest.fixture
+def packed(folder, tmp_path):
+    """The images in three shards; and a folder of the same names: its subfolders are called as the shards are."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*.png"))
+    (tmp_path / "packed").mkdir()
+    for i in range(3):
+        (folder.parent / f"unpacked/s-{i}.tar").mkdir(parents=True)
+        with tarfile.open(tmp_path / f"packed/s-{i}.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+            for name in names[i::3]:
+                archive.add(folder / name, str(name))
+                target = folder.parent / f"unpacked/s-{i}.tar" / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(folder / name, target)
+    return tmp_path / "packed", tmp_path / "unpacked"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_give_what_their_images_would(packed, tmp_path, workers):
+    shards, unpacked = packed
+    before = sorted(shards.rglob("*"))
+    a = run(shards, tmp_path / "a.parquet", workers=workers)
+    b = run(unpacked, tmp_path / "b.parquet")
+    assert pq.read_table(a.path).equals(pq.read_table(b.path))
+    assert a.images == N
+    assert sorted(shards.rglob("*")) == before
+    ProposalStore(a.path).check_images(shards)
+
+
+def test_a_shard_that_is_cut_off_gives_the_others(packed, tmp_path, capsys):
+    shards, _ = packed
+    cut = shards / "s-1.tar"
+    cut.write_bytes(cut.read_bytes()[:9000])
+    summary = propose(shards, tmp_path / "p.parquet", settings=ProposalSettings(engine="random"), workers=0)
+    assert "s-1.tar: is cut off at byte 9,000, in the middle of a file" in capsys.readouterr().err
+    assert 16 <= summary.images < N
+    (name,) = summary.failures
+    assert name.startswith("s-1.tar/")
+    assert summary.failures[name] == "cut off, its shard ends in the middle of it"
+
+
+# Shares of a job array
+
+
+@pytest.fixture
+def whole(folder, tmp_path):
+    return run(folder, tmp_path / "whole.parquet", RANDOM).path
+
+
+def test_jobs_do_their_shares_and_the_last_one_joins(folder, tmp_path, whole, done):
+    out = tmp_path / "p.parquet"
+    done.clear()
+    names = list(ImageSet(folder).names)
+    for i, shard in enumerate(["2/3", (0, 3)]):
+        summary = run(folder, out, RANDOM, shard=shard)
+        assert isinstance(summary, ShardSummary)
+        assert (summary.images, summary.new_images) == (8, 8)
+        assert summary.missing_images == 16 - 8 * i
+        assert not out.exists()
+    assert done == names[16:] + names[:8]
+    assert summary.missing == {"1/3": 8}
+    text = io.StringIO()
+    Console(width=400, file=text).print(summary.table())
+    for shown in ("shard 0/3", "8 of this shard", "8 images (1/3: 8)", "The job that finishes last writes the file"):
+        assert shown in text.getvalue()
+    summary = run(folder, out, RANDOM, shard="1/3")
+    assert isinstance(summary, ProposeSummary)
+    assert (summary.images, summary.new_images) == (N, 8)
+    assert len(done) == N
+    assert same(out, whole)
+    assert not Parts(out).exists()
+    done.clear()
+    assert run(folder, out, RANDOM, shard="0/5").new_images == 0
+    assert done == []
+    assert not Parts(out).exists()
+
+
+def test_the_number_of_shares_may_change_and_a_call_without_does_the_rest(folder, tmp_path, whole, done):
+    out = tmp_path / "p.parquet"
+    done.clear()
+    for shard in ("0/4", "1/3", "3/7", "30/100"):
+        run(folder, out, RANDOM, shard=shard)
+    assert len(done) == len(set(done)) < N
+    left = N - len(done)
+    assert run(folder, out, RANDOM).new_images == left
+    assert sorted(done) == list(ImageSet(folder).names)
+    assert same(out, whole)
+    assert not Parts(out).exists()
+
+
+def test_more_jobs_than_images(folder, tmp_path, whole):
+    out = tmp_path / "p.parquet"
+    for i in range(30):
+        summary = run(folder, out, RANDOM, shard=(i, 30))
+        assert summary.new_images <= 1
+    assert same(out, whole)
+
+
+def test_a_share_that_is_none_is_refused(folder, tmp_path):
+    with pytest.raises(SettingsError, match="shard 3/3: expected i/n with i from 0 to n-1"):
+        run(folder, tmp_path / "p.parquet", shard="3/3")
+    assert not Parts(tmp_path / "p.parquet").exists()
+
+
+def test_shares_of_new_and_changed_images(folder, tmp_path, done):
+    out = run(folder, tmp_path / "p.parquet", RANDOM).path
+    make_images(folder, 3, first=N)
+    Image.new("RGB", (33, 44)).save(folder / "a/002.png")
+    (folder / "b/003.png").unlink()
+    done.clear()
+    for i in range(3):
+        summary = run(folder, out, RANDOM, shard=(i, 3))
+    assert sorted(done) == ["a/002.png", "a/024.png", "a/026.png", "b/025.png"]
+    assert isinstance(summary, ProposeSummary)
+    assert same(out, run(folder, tmp_path / "fresh.parquet", RANDOM).path)
+    assert not Parts(out).exists()
+
+
+def test_an_image_that_changes_between_shares_is_done_again(folder, tmp_path):
+    out = tmp_path / "p.parquet"
+    run(folder, out, RANDOM, shard="0/2")
+    Image.new("RGB", (33, 44)).save(folder / "a/002.png")
+    summary = run(folder, out, RANDOM, shard="1/2")
+    assert isinstance(summary, ShardSummary)
+    assert summary.missing == {"0/2": 1}
+    assert run(folder, out, RANDOM, shard="0/2").new_images == 1
+    assert same(out, run(folder, tmp_path / "fresh.parquet", RANDOM).path)
+
+
+def test_rows_that_a_later_job_has_of_new_images_are_kept(folder, tmp_path, monkeypatch):
+    """A job that began before they came must not join: it would leave them out and remove their rows."""
+    out = tmp_path / "p.parquet"
+    work = propose_module._Making.work
+
+    def meanwhile(self, rows, workers):
+        monkeypatch.setattr(propose_module._Making, "work", work)
+        make_images(folder, 4, first=N)
+        for i in range(3):
+            run(folder, out, RANDOM, shard=(i, 4))
+        return work(self, rows, workers)
+
+    monkeypatch.setattr(propose_module._Making, "work", meanwhile)
+    summary = run(folder, out, RANDOM, shard="3/4")
+    assert (summary.missing_images, summary.unlisted_images) == (0, 2)
+    text = io.StringIO()
+    Console(width=400, file=text).print(summary.table())
+    assert "2 images that other jobs found later" in text.getvalue()
+    assert "Call without --shard to write the file" in text.getvalue()
+    assert run(folder, out, RANDOM).new_images == 2
+    assert same(out, run(folder, tmp_path / "fresh.parquet", RANDOM).path)
+
+
+def test_jobs_of_other_versions_are_not_joined(folder, tmp_path, monkeypatch):
+    from headstart.proposals import random_boxes
+
+    out, work = tmp_path / "p.parquet", propose_module._Making.work
+
+    def meanwhile(self, rows, workers):
+        """A job on a machine with another version begins at the same moment, and finishes first."""
+        monkeypatch.setattr(propose_module._Making, "work", work)
+        monkeypatch.setattr(random_boxes.RandomBoxes, "version", "other")
+        run(folder, out, RANDOM, shard="1/2")
+        return work(self, rows, workers)
+
+    monkeypatch.setattr(propose_module._Making, "work", meanwhile)
+    with pytest.raises(RunError, match=r"engine_version is .* there and"):
+        run(folder, out, RANDOM, shard="0/2")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_the_last_two_jobs_finish_at_the_same_moment(folder, tmp_path, whole, monkeypatch, moment):
+    out = tmp_path / "p.parquet"
+    run(folder, out, RANDOM, shard="0/3")
+    other = threading.Thread(target=run, args=(folder, out, RANDOM), kwargs={"shard": "2/3"})
+    joining = Parts.joining
+
+    @contextlib.contextmanager
+    def meet(self, show):
+        """The first to have written its last part waits until the other one has, too."""
+        if threading.current_thread() is other:
+            with joining(self, show):
+                yield
+            return
+        if moment == "before":
+            other.start()
+            other.join()
+        with joining(self, show):
+            if moment == "while":
+                other.start()
+                wait_for(lambda: len(saved_images(out)) == N)
+            yield
+
+    monkeypatch.setattr(Parts, "joining", meet)
+    summary = run(folder, out, RANDOM, shard="1/3")
+    other.join()
+    assert isinstance(summary, ProposeSummary)
+    assert same(out, whole)
+    assert not Parts(out).exists()
+
+
+def test_bad_images_of_a_small_share_do_not_stop_it(folder, tmp_path):
+    for i in range(2):
+        (folder / f"a/000{i}.png").write_bytes(b"no image")
+    for i in range(8):
+        summary = run(folder, tmp_path / "p.parquet", RANDOM, shard=(i, 8))
+        if i == 0:
+            assert (summary.images, summary.unusable_images) == (3, 2)
+    assert summary.images == N
 
 
 # Other processes: kills, crashes, full disks
 
 SCRIPT = """
-import os, resource, shutil, signal, sys, time
+import os, resource, signal, sys, time
+from pathlib import Path
 import headstart.verbs.propose as module
 from headstart.verbs.propose import ProposalSettings, propose
 
 folder, out, log = sys.argv[1:4]
 options = dict(option.split("=") for option in sys.argv[4:])
 module.PART_IMAGES = 3
-module.PART_SECONDS = 1e9
+module.PART_SECONDS = float(options.get("part_seconds", 1e9))
 module.CHUNK = 2
 events_left = int(options.get("die_after", -1))
 
@@ -345,7 +589,7 @@ def watched(function, note=False):
         if note:
             with open(log, "a") as handle:
                 handle.write(args[1] + "\\n")
-            time.sleep(float(options.get("slow", 0)))
+            time.sleep(60 if args[1] == options.get("stuck") else float(options.get("slow", 0)))
             if args[1] == options.get("crash"):
                 os._exit(9)
         result = function(*args, **rest)
@@ -355,13 +599,16 @@ def watched(function, note=False):
 
 module._row = watched(module._row, note=True)
 os.replace = watched(os.replace)
-shutil.rmtree = watched(shutil.rmtree)
+Path.unlink = watched(Path.unlink)
+Path.rmdir = watched(Path.rmdir)
 if "file_limit" in options:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(options["file_limit"]),) * 2)
 
 if __name__ == "__main__" or "unguarded" in options:
-    settings = ProposalSettings(scale=100)
-    propose(folder, out, settings=settings, workers=int(options["workers"]), progress=False)
+    settings = ProposalSettings(engine="random")
+    propose(
+        folder, out, settings=settings, workers=int(options["workers"]), shard=options.get("shard"), progress=False
+    )
 """
 
 
@@ -402,13 +649,12 @@ def saved_images(out):
     return {name for part in parts for name in pq.read_table(part)["image"].to_pylist()}
 
 
-def test_killed_at_any_moment_and_called_again(folder, tmp_path, start):
+def test_killed_at_any_moment_and_called_again(folder, tmp_path, whole, start):
     """Before and after each image, renaming and removal: every kill hits another kind of moment."""
-    whole = run(folder, tmp_path / "whole.parquet").path
     out = tmp_path / "p.parquet"
     rng = random.Random(0)
     kills = 0
-    moments = [1, 8, *(rng.randint(9, 30) for _ in range(4)), 3, 1, 1, 3, 2, -1]
+    moments = [1, 8, *(rng.randint(9, 30) for _ in range(4)), 8, 3, 1, 1, 6, 3, 2, -1]
     for attempt, die_after in enumerate(moments):
         before = saved_images(out)
         process = start(folder, out, log=f"log{attempt}", workers=0, die_after=die_after)
@@ -423,7 +669,75 @@ def test_killed_at_any_moment_and_called_again(folder, tmp_path, start):
     assert {path.name for path in tmp_path.iterdir() if "p.parquet" in path.name} == {"p.parquet"}
 
 
-def test_a_killed_parent_takes_its_workers_along(folder, tmp_path, start):
+def test_jobs_killed_at_any_moment(folder, tmp_path, whole, start):
+    """One after the other, with other numbers of shares; at the end one call does the rest and joins."""
+    out = tmp_path / "p.parquet"
+    rng = random.Random(2)
+    moments = [({"shard": shard}, rng.randint(5, 25)) for shard in ("0/3", "2/3", "0/2", "1/3", "0/2", "1/2")]
+    moments += [({}, 17), ({}, 9), ({}, 5), ({}, -1)]
+    everyone, kills = set(), 0
+    for attempt, (options, die_after) in enumerate(moments):
+        before, log = saved_images(out), tmp_path / f"log{attempt}"
+        process = start(folder, out, log=log, workers=0, die_after=die_after, **options)
+        process.wait()
+        kills += process.returncode == -signal.SIGKILL
+        worked_on = log.read_text().split() if log.exists() else []
+        everyone.update(worked_on)
+        assert before.isdisjoint(worked_on)
+        if out.exists():
+            assert same(out, whole)  # never half a file
+        else:
+            assert before <= saved_images(out)
+            assert len(worked_on) - len(saved_images(out) - before) <= 3  # less than a part is lost
+    assert process.returncode == 0
+    assert kills >= 8
+    assert everyone == set(ImageSet(folder).names)
+    assert same(out, whole)
+    assert {path.name for path in tmp_path.iterdir() if "p.parquet" in path.name} == {"p.parquet"}
+
+
+def test_jobs_side_by_side_killed_at_random_moments(folder, tmp_path, whole, start):
+    out = tmp_path / "p.parquet"
+    rng = random.Random(0)
+
+    def begin(attempt):
+        names = [f"log{attempt}-{i}" for i in range(3)]
+        jobs = [start(folder, out, log=name, workers=i % 2, slow=0.05, shard=f"{i}/3") for i, name in enumerate(names)]
+        return jobs, [tmp_path / name for name in names]
+
+    for attempt in range(2):
+        before = saved_images(out)
+        jobs, logs = begin(attempt)
+        wait_for(lambda logs=logs: any(log.exists() for log in logs))
+        for job in rng.sample(jobs, 3):
+            time.sleep(rng.uniform(0, 0.25))
+            job.kill()
+        for job in jobs:
+            job.wait()
+        assert before.isdisjoint(name for log in logs if log.exists() for name in log.read_text().split())
+        assert before <= saved_images(out)
+    before = saved_images(out)
+    jobs, logs = begin("last")
+    for job in jobs:
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == 0, errors
+    worked_on = [name for log in logs if log.exists() for name in log.read_text().split()]
+    assert sorted(worked_on) == sorted(set(ImageSet(folder).names) - before)
+    assert same(out, whole)
+    assert {path.name for path in tmp_path.iterdir() if "p.parquet" in path.name} == {"p.parquet"}
+
+
+def test_finished_rows_are_saved_however_slow_the_next_image_is(folder, tmp_path, start):
+    (folder / "a/003.png").write_bytes((folder / "a/002.png").read_bytes())
+    out = tmp_path / "p.parquet"
+    process = start(folder, out, workers=1, stuck="a/003.png", part_seconds=0.2)
+    wait_for(lambda: len(saved_images(out)) == 2)
+    process.kill()
+    process.wait()
+    assert run(folder, out, RANDOM).new_images == N + 1 - 2
+
+
+def test_a_killed_parent_takes_its_workers_along(folder, tmp_path, whole, start):
     out = tmp_path / "p.parquet"
     for seconds in (0.1, 0.3):
         process = start(folder, out, log="log", workers=2, slow=0.05)
@@ -435,8 +749,8 @@ def test_a_killed_parent_takes_its_workers_along(folder, tmp_path, start):
         process.wait()
         wait_for(lambda children=children: not any(alive(pid) for pid in children))
         (tmp_path / "log").unlink()
-    run(folder, out)
-    assert same(out, run(folder, tmp_path / "whole.parquet").path)
+    run(folder, out, RANDOM)
+    assert same(out, whole)
 
 
 def children_of(pid):
@@ -455,7 +769,7 @@ def wait_for(condition, seconds=20):
         time.sleep(0.02)
 
 
-def test_ctrl_c_with_workers(folder, tmp_path, start):
+def test_ctrl_c_with_workers(folder, tmp_path, whole, start):
     out = tmp_path / "p.parquet"
     process = start(folder, out, workers=2, slow=0.05)
     wait_for(lambda: len(saved_images(out)) > 0)
@@ -466,8 +780,8 @@ def test_ctrl_c_with_workers(folder, tmp_path, start):
     assert errors.count("Traceback") == 1  # the script's own KeyboardInterrupt, none from a worker
     saved = len(saved_images(out))
     assert 0 < saved < N
-    assert run(folder, out).new_images == N - saved
-    assert same(out, run(folder, tmp_path / "whole.parquet").path)
+    assert run(folder, out, RANDOM).new_images == N - saved
+    assert same(out, whole)
 
 
 def test_an_image_that_kills_its_worker_is_a_failure(folder, tmp_path, start):
@@ -479,9 +793,8 @@ def test_an_image_that_kills_its_worker_is_a_failure(folder, tmp_path, start):
     assert len(store) == N - 1
 
 
-def test_full_disk_loses_nothing(folder, tmp_path, start):
+def test_full_disk_loses_nothing(folder, tmp_path, whole, start):
     out = tmp_path / "p.parquet"
-    whole = run(folder, tmp_path / "whole.parquet").path
     limit = whole.stat().st_size - 100  # the parts fit, the finished file does not
     process = start(folder, out, workers=0, file_limit=limit)
     _, errors = process.communicate(timeout=60)
@@ -490,7 +803,7 @@ def test_full_disk_loses_nothing(folder, tmp_path, start):
     assert "p.parquet: could not be written (" in errors
     assert not out.exists()
     assert len(saved_images(out)) == N
-    assert run(folder, out).new_images == 0
+    assert run(folder, out, RANDOM).new_images == 0
     assert same(out, whole)
 
 
@@ -507,10 +820,10 @@ def test_two_at_once_are_refused(folder, tmp_path, start):
     process = start(folder, out, workers=0, slow=0.2)
     wait_for(lambda: (tmp_path / "log").exists())
     with pytest.raises(RunError, match="another process is making these proposals"):
-        run(folder, out)
+        run(folder, out, RANDOM)
     process.kill()
     process.wait()
-    run(folder, out)
+    run(folder, out, RANDOM)
 
 
 @pytest.mark.skipif("HEADSTART_DATA" not in os.environ, reason="HEADSTART_DATA names no folder with real data")

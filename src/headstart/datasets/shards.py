@@ -186,4 +186,4 @@ def _ending(shard: Path, offset: int, found: int, reason: str = "") -> str:
         return f"is cut off at byte {total:,}, in the middle of a file; {used}"
     if len(block) < BLOCK:
         return f"ends at byte {total:,} without the end mark of a tar, as when its writer was killed; {used}"
-    return f"is damaged at byte {offset:,}{reason and f' ({reason})'}; {used}"
+    return f"is damaged, or cut off, at byte {offset:,}{reason and f' ({reason})'}; {used}"
