@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -349,6 +351,55 @@ def test_proposals_of_other_images_are_refused(scenes, proposals, tmp_path):
             proposals=proposals,
             max_steps=1,
             settings=SOCO,
+            show=False,
+        )
+
+
+def test_training_reads_tar_shards_as_it_reads_files(scenes, detector_settings, tmp_path):
+    """In shards, and in subfolders that are called as the shards are: the same images by the same names."""
+    names = sorted(path.name for path in (scenes / "unlabelled").iterdir())
+    (tmp_path / "packed").mkdir()
+    for i in range(2):
+        (tmp_path / f"plain/s-{i}.tar").mkdir(parents=True)
+        with tarfile.open(tmp_path / f"packed/s-{i}.tar", "w") as archive:
+            for name in names[i::2]:
+                archive.add(scenes / "unlabelled" / name, name)
+                shutil.copy(scenes / "unlabelled" / name, tmp_path / f"plain/s-{i}.tar" / name)
+
+    def train(kind, **rest):
+        settings = {**SOCO, **detector_settings, "proposals.engine": "random", "train.workers": 1}
+        return headstart.pretrain(
+            "faster_rcnn",
+            tmp_path / kind,
+            out=tmp_path / f"run-{kind}",
+            backbone="resnet18",
+            max_steps=2,
+            batch_size=4,
+            settings=settings,
+            show=False,
+            **rest,
+        )
+
+    packed, plain = train("packed"), train("plain")
+    a, b = load_file(packed.weights), load_file(plain.weights)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    records = [json.loads((run.path / "run.json").read_text())["data"] for run in (packed, plain)]
+    assert records[0]["fingerprint"] == records[1]["fingerprint"]
+    page = headstart.report(packed.path, tmp_path / "report.html").read_text()
+    assert "s-1.tar/" in page
+    assert page.count("data:image/jpeg") == 8
+    # The same names, other images.
+    first = tmp_path / "plain/s-0.tar" / names[0]
+    first.write_bytes(first.read_bytes() + b"more")
+    proposals = tmp_path / "run-plain/proposals.parquet"
+    with pytest.raises(DataError, match=rf"1 images have the same name but another content: s-0\.tar/{names[0]} \("):
+        headstart.pretrain(
+            "faster_rcnn",
+            tmp_path / "plain",
+            out=tmp_path / "again",
+            backbone="resnet18",
+            proposals=proposals,
+            max_steps=1,
             show=False,
         )
 
