@@ -172,7 +172,9 @@ def propose(
         str | None,
         typer.Option("--preset", help="Settings of a paper, listed below; --engine, --seed and --set win over them."),
     ] = None,
-    engine: Annotated[str | None, typer.Option("--engine", help="What finds the boxes.  \\[default: opencv]")] = None,
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="What finds the boxes.  \\[default: selective_search]")
+    ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.  \\[default: all cores]")] = None,
     shard: Annotated[
         str | None,

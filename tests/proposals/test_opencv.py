@@ -88,5 +88,5 @@ def test_survives_odd_images(shape, content):
 def test_wrong_opencv_wheel_says_what_to_install(monkeypatch):
     monkeypatch.delattr(cv2, "ximgproc")
     with pytest.raises(SettingsError, match="pip install opencv-contrib-python-headless"):
-        make_engine(ProposalSettings())
+        make_engine(ProposalSettings(engine="opencv"))
     make_engine(ProposalSettings(engine="random"))

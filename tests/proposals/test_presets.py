@@ -9,13 +9,14 @@ from headstart.settings import validate
 
 
 def differences(**settings):
-    """What a preset changes of the defaults."""
-    plain = ProposalSettings().model_dump()
+    """What a preset changes of SoCo's and ADePT's settings."""
+    plain = ProposalSettings(mode="exact").model_dump()
     return {k: v for k, v in ProposalSettings(**settings).model_dump().items() if plain[k] != v}
 
 
 def test_presets_hold_the_papers_numbers():
-    """The method sheets, line by line, as differences from SoCo's and ADePT's settings (the defaults)."""
+    """The method sheets, line by line, as differences from SoCo's and ADePT's settings."""
+    theirs = {"mode": "fixed"}  # read by our engine only
     no_filter = {"aspect_max": None, "size_min": 0.0, "size_max": 1.0}
     code = {"scale": 300.0, "min_size": 100, "side_min_px": 32.0}
     fast = {"scale": 150.0, "sigma": 0.8, "min_size": 100}
@@ -26,8 +27,8 @@ def test_presets_hold_the_papers_numbers():
         "aligndet": {"nms_iou": 0.5},
         "aligndet_code": {**code, "size_min": 0.0, "nms_iou": 0.5},
         "proseco": no_filter,
-        "detreg": {**fast, **no_filter, "squash_px": 128, "top_k": 30},
-        "updetr": {"engine": "random_patches", "random_boxes": 10, **no_filter},
+        "detreg": {**theirs, "engine": "opencv", **fast, **no_filter, "squash_px": 128, "top_k": 30},
+        "updetr": {**theirs, "engine": "random_patches", "random_boxes": 10, **no_filter},
     }
 
 

@@ -1,6 +1,8 @@
 import multiprocessing
 import pickle
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,25 @@ def test_a_cached_store_reads_from_the_mapped_file(file, tmp_path):
     address = opened.boxes(17).__array_interface__["data"][0]
     assert any(start <= address < stop for start, stop in addresses)
     assert pa.total_allocated_bytes() - before < 4096
+
+
+def test_an_image_takes_few_bytes(tmp_path):
+    """Of a mapped store's own memory; so that many data workers can open it."""
+    rows = some_rows(200)
+    kept = []
+    for count in (10_000, 40_000):
+        many = [replace(rows[i % 200], image=f"{i:06d}.jpg") for i in range(count)]
+        file = write(tmp_path / f"{count}.parquet", many, group=4096)
+        ProposalStore(file, tmp_path / "cache")
+        arrow = pa.total_allocated_bytes()
+        tracemalloc.start()
+        opened = ProposalStore(file, tmp_path / "cache")
+        for i in range(0, len(opened), 100):
+            assert opened.images[i] == f"{i // 4 * 5 + [0, 1, 2, 4][i % 4]:06d}.jpg"
+            assert len(opened.boxes(i))
+        kept.append(tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - arrow)
+        tracemalloc.stop()
+    assert (kept[1] - kept[0]) / 30_000 < 6
 
 
 def test_cache_is_written_once_and_anew_for_a_new_file(file, tmp_path):

@@ -19,7 +19,7 @@ from headstart.errors import ImageError, RunError
 from headstart.methods.soco import SoCo
 from headstart.proposals import ProposalSettings
 from headstart.proposals.finder import Finder
-from headstart.proposals.opencv import OpenCVSelectiveSearch
+from headstart.proposals.selective_search import SelectiveSearch
 from headstart.proposals.store import ProposalStore
 from headstart.verbs.pretrain import _FromFile, _OnTheFly
 
@@ -93,7 +93,7 @@ def test_on_the_fly_trains_as_with_a_file_and_writes_none(go, tmp_path):
     assert not Path("on-the-fly").exists()
     data = json.loads((fly.path / "run.json").read_text())["data"]
     assert data["proposals"] == "on-the-fly"
-    assert data["proposal_engine"].startswith("opencv 1+opencv-")
+    assert data["proposal_engine"] == "selective_search 1"
 
 
 def test_on_the_fly_resumes_to_the_same_numbers_also_in_workers(go, monkeypatch):
@@ -114,15 +114,15 @@ def test_on_the_fly_resumes_to_the_same_numbers_also_in_workers(go, monkeypatch)
 
 
 def test_an_engine_that_changed_is_not_resumed_with(go, monkeypatch):
-    init = OpenCVSelectiveSearch.__init__
+    init = SelectiveSearch.__init__
 
     def newer(self, *args):
         init(self, *args)
         self.version = "2"
 
     go()
-    monkeypatch.setattr(OpenCVSelectiveSearch, "__init__", newer)
-    with pytest.raises(RunError, match=r"data\.proposal_engine: was 'opencv 1\+.*now 'opencv 2'"):
+    monkeypatch.setattr(SelectiveSearch, "__init__", newer)
+    with pytest.raises(RunError, match=r"data\.proposal_engine: was 'selective_search 1.*now 'selective_search 2'"):
         go(resume=True)
 
 
@@ -130,16 +130,16 @@ def test_images_that_fail_are_skipped_and_named(go, photos, tmp_path, monkeypatc
     folder = tmp_path / "bad"
     shutil.copytree(photos, folder)
     cv2.imwrite(str(folder / "odd.png"), np.zeros((33, 39, 3), np.uint8))
-    search = OpenCVSelectiveSearch.__call__
+    search = SelectiveSearch.__call__
 
     def fragile(self, image, rng):
         if image.shape[1] == 39:
             raise RuntimeError("odd width")
         return search(self, image, rng)
 
-    monkeypatch.setattr(OpenCVSelectiveSearch, "__call__", fragile)
+    monkeypatch.setattr(SelectiveSearch, "__call__", fragile)
     images = ImageSet(folder)
-    with pytest.raises(ImageError, match=r"bad/odd\.png: opencv failed \(RuntimeError: odd width\)"):
+    with pytest.raises(ImageError, match=r"bad/odd\.png: selective_search failed \(RuntimeError: odd width\)"):
         _OnTheFly(images, Finder(ProposalSettings()))(images.names.index("odd.png"))
     summary = go(images=folder).summary
     assert summary.finished

@@ -380,6 +380,16 @@ def test_shards_give_what_their_images_would(packed, tmp_path, workers):
     ProposalStore(a.path).check_images(shards)
 
 
+def test_a_listed_set_is_not_listed_again(packed, tmp_path, monkeypatch):
+    found = ImageSet(packed[0])
+    found.share(tmp_path / "index.arrow")
+    monkeypatch.setattr(propose_module.ImageSet, "__init__", None)
+    summary = run(found, tmp_path / "p.parquet", RANDOM, workers=1)
+    assert summary.images == N
+    assert found.names[0] == "s-0.tar/a/000.png"
+    assert (tmp_path / "index.arrow").exists()
+
+
 def test_a_shard_that_is_cut_off_gives_the_others(packed, tmp_path, capsys):
     shards, _ = packed
     cut = shards / "s-1.tar"

@@ -13,7 +13,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headstart.proposals.presets import PRESETS, PresetName
 
-EngineName = Literal["opencv", "random", "random_patches"]
+EngineName = Literal["selective_search", "opencv", "random", "random_patches"]
+
+
+Mode = Literal["fixed", "exact", "diverse"]
+
+# scale, sigma and min_size of Selective Search where nobody sets them. The papers' (SoCo appendix A, ADePT 4.1.1),
+# of which "diverse" takes its own multiples; "fixed" finds more of the labelled objects with smaller segments, on
+# everyday photos (COCO, 320 px) as on microscope images (BCCD, 640 px): benchmarks/selective_search.py prints it.
+PAPERS = {"scale": 500.0, "sigma": 0.9, "min_size": 10}
+SEARCH_DEFAULTS: dict[str, dict[str, float]] = {
+    "exact": PAPERS,
+    "diverse": PAPERS,
+    "fixed": {"scale": 100.0, "sigma": 0.8, "min_size": 50},
+}
 
 
 class ProposalEngine(Protocol):
@@ -46,23 +59,30 @@ class ProposalSettings(BaseModel):
         description="Settings of a paper, as defaults for all others (`headstart propose --help` lists them).",
     )
     engine: EngineName = Field(
-        default="opencv",
-        description="What finds the boxes: opencv (Selective Search), random (boxes that pass the filter: SoCo "
-        "Table 5c) or random_patches (of any size and shape: UP-DETR).",
+        default="selective_search",
+        description="What finds the boxes: selective_search (ours), opencv (OpenCV's Selective Search), random (boxes "
+        "that pass the filter: SoCo Table 5c) or random_patches (of any size and shape: UP-DETR).",
+    )
+    mode: Mode = Field(
+        default="fixed",
+        description="selective_search only. exact: the boxes of the Python package that the papers used, its mistakes "
+        "included; fixed: without them; diverse: several scales and colour spaces, many more boxes.",
     )
     scale: float = Field(
-        default=500.0,
+        default=100.0,
         gt=0,
-        description="Felzenszwalb's k for pixel values 0..255 (skimage's scale): larger gives larger "
-        "segments and fewer boxes. Images of 100-200 px want about 100.",
+        description="Felzenszwalb's k for pixel values 0..255 (skimage's scale): larger gives larger segments and "
+        "fewer boxes. Other modes than fixed, and opencv: 500, as in the papers, if not set.",
     )
     sigma: float = Field(
-        default=0.9, ge=0, description="Gaussian blur before the segmentation, standard deviation in px."
+        default=0.8,
+        ge=0,
+        description="Gaussian blur before the segmentation, standard deviation in px. Others: 0.9.",
     )
     min_size: int = Field(
-        default=10,
+        default=50,
         ge=1,
-        description="Segments of fewer px are merged into a neighbour. SoCo's released code: 100.",
+        description="Segments of fewer px are merged into a neighbour. Others: 10.",
     )
     colour: Literal["hsv", "rgb"] = Field(
         default="hsv",
@@ -136,9 +156,13 @@ class ProposalSettings(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset_first(cls, values: Any) -> Any:
+    def _fill_in(cls, values: Any) -> Any:
         name = values.get("preset") if isinstance(values, Mapping) else None
-        return {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
+        values = {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
+        if not isinstance(values, Mapping):
+            return values
+        ours = values.get("engine", "selective_search") == "selective_search"
+        return {**SEARCH_DEFAULTS.get(values.get("mode", "fixed") if ours else "exact", PAPERS), **values}
 
     @model_validator(mode="after")
     def _fit_together(self) -> ProposalSettings:
@@ -147,6 +171,12 @@ class ProposalSettings(BaseModel):
         if self.engine == "random" and self.aspect_max is None:
             raise ValueError("engine=random draws its boxes from the filter's range, so that aspect_max needs a number")
         return self
+
+
+def _selective_search(settings: ProposalSettings) -> ProposalEngine:
+    from headstart.proposals.selective_search import SelectiveSearch
+
+    return SelectiveSearch(settings.scale, settings.sigma, settings.min_size, settings.mode)
 
 
 def _opencv(settings: ProposalSettings) -> ProposalEngine:
@@ -169,6 +199,7 @@ def _random_patches(settings: ProposalSettings) -> ProposalEngine:
 
 
 ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {
+    "selective_search": _selective_search,
     "opencv": _opencv,
     "random": _random,
     "random_patches": _random_patches,

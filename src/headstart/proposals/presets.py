@@ -19,8 +19,8 @@ class Preset:
     values: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Selective Search of all presets but DETReg's, whose authors took OpenCV's.
-_SEARCH = {"engine": "opencv"}
+# Of all presets but DETReg's, whose authors took OpenCV's.
+_SEARCH = {"engine": "selective_search", "mode": "exact"}
 # OpenCV's "fast" mode searches six segmentations (two colour spaces, k = 150, 300, 450); this is the first of them.
 _OPENCV_FAST = {"engine": "opencv", "colour": "hsv", "scale": 150.0, "sigma": 0.8, "min_size": 100}
 _SEGMENTS = {"scale": 500.0, "sigma": 0.9, "min_size": 10}

@@ -341,7 +341,7 @@ def _proposals(images: ImageSet, file: Path, settings: ProposalSettings, cache: 
     """Boxes of ``images`` from ``file``, which the main process makes first where it is absent."""
     if distributed.is_main():
         if not file.is_file():
-            propose(images.path, file, settings=settings, progress=show)
+            propose(images, file, settings=settings, progress=show)
         ProposalStore.open(file, cache=cache).check_images(images)
     distributed.barrier()
     store = ProposalStore.open(file, cache=cache)

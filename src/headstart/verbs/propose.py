@@ -166,7 +166,7 @@ def _plain(text: Path | str) -> str:
 
 
 def propose(
-    images: Path | str,
+    images: Path | str | ImageSet,
     out: Path | str | None = None,
     *,
     settings: ProposalSettings | None = None,
@@ -179,7 +179,8 @@ def propose(
     A call continues what an earlier one has left, whether that was interrupted or finished.
 
     Args:
-        images: folder, searched recursively, .tar shards in it included; or one .tar file.
+        images: folder, searched recursively, .tar shards in it included; or one .tar file; or what an ImageSet has
+            found there already.
         out: the file; default ``<images>.proposals.parquet`` beside the folder.
         settings: default: the paper's.
         workers: processes; default one a core; 0 works in this process.
@@ -200,8 +201,8 @@ def propose(
     share = None if shard is None else Share.parse(shard)
     finder = Finder(settings or ProposalSettings())
     engine = finder.engine  # here first: what is wrong with it is said once, not by every worker
-    found = ImageSet(images, progress)
-    if progress:
+    found = images if isinstance(images, ImageSet) else ImageSet(images, progress)
+    if progress and found is not images:
         for note in found.notes:
             console.notes.print(note, markup=False, soft_wrap=True)
     out = default_out(found.path) if out is None else Path(out)
@@ -525,6 +526,9 @@ def _cores() -> int:
 @contextlib.contextmanager
 def _shared(images: ImageSet, folder: Path) -> Iterator[None]:
     """Keep the list of images in a file while workers read it."""
+    if images.index is not None:
+        yield
+        return
     file = folder / f"{INDEX_PREFIX}{uuid.uuid4().hex}.arrow"
     try:
         images.share(file)
