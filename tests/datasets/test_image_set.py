@@ -131,6 +131,17 @@ def test_compressed_shards_are_named(mixed: Path) -> None:
         ImageSet(mixed / "texts")
 
 
+def test_of_many_notes_the_first_are_shown(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(13):
+        (mixed / f"bad-{i:02d}.tar").write_bytes(b"")
+    found = ImageSet(mixed)
+    found.print_notes()
+    shown = capsys.readouterr().err
+    assert "bad-09.tar: not a tar file" in shown
+    assert "bad-10.tar" not in shown
+    assert "... and 3 more" in shown
+
+
 def test_what_links_lead_to_is_not_read_from_a_shard(tmp_path: Path) -> None:
     (tmp_path / "secret.jpg").write_bytes(jpeg(0))
     (tmp_path / "shards").mkdir()

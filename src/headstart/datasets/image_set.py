@@ -29,6 +29,7 @@ from headstart.files import replacing
 SHARD_SUFFIX = ".tar"
 SLOW_S = 2.0  # a listing that takes longer shows how far it is
 STAT_THREADS = 16  # on a cluster's file system each stat waits for the network
+SHOWN = 10  # of many notes
 BATCH = 1 << 16  # names that are Python objects at a time
 
 
@@ -114,6 +115,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.names)
 
+    def print_notes(self) -> None:
+        """What is wrong with shards, the first few, for who waits."""
+        for note in self.notes[:SHOWN]:
+            console.notes.print(note, markup=False, soft_wrap=True)
+        if len(self.notes) > SHOWN:
+            console.notes.print(f"... and {len(self.notes) - SHOWN:,} more shards with something wrong")
+
     def decode(self, name: str, short_side_px: int | None = None) -> np.ndarray:
         """As :func:`headstart.datasets.images.decode`."""
         return images.decode(self.source(name), short_side_px)
@@ -174,6 +182,7 @@ class ImageSet:
         with replacing(file) as temporary, pa.ipc.new_file(str(temporary), self._table.schema) as writer:
             writer.write_table(self._table)
         self.adopt(file)
+        pa.default_memory_pool().release_unused()  # what sorting needed
 
     def adopt(self, file: Path) -> None:
         """Use the index that another process shared."""
@@ -212,7 +221,7 @@ class ImageSet:
         for name in sorted(packed):
             self.notes.append(str(shards.compressed(self._base / name)))
         if not listed.count:
-            said = "".join(f"\n  {note}" for note in self.notes[:10])
+            said = "".join(f"\n  {note}" for note in self.notes[:SHOWN])
             holds = ", ".join(f"{count} x {kind}" for kind, count in kinds.most_common(5))
             raise DataError(
                 f"{self.path}: has {sum(kinds.values())} files ({holds}) but no image; expected {expected}{said}"
@@ -228,7 +237,7 @@ class ImageSet:
         listed = _Listed()
         self._read([name], listed, progress)
         if not listed.count:
-            said = "".join(f"\n  {note}" for note in self.notes[:10])
+            said = "".join(f"\n  {note}" for note in self.notes[:SHOWN])
             raise DataError(f"{self.path}: holds no image; expected {' '.join(sorted(IMAGE_SUFFIXES))}{said}")
         return self._finished(listed, [name])
 

@@ -249,8 +249,7 @@ def pretrain(
         pretraining_method = methods.method_type(method)(config.method)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
         if show and distributed.is_main():
-            for note in found.notes:
-                notes.print(note, markup=False, soft_wrap=True)
+            found.print_notes()
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"

@@ -203,8 +203,7 @@ def propose(
     engine = finder.engine  # here first: what is wrong with it is said once, not by every worker
     found = images if isinstance(images, ImageSet) else ImageSet(images, progress)
     if progress and found is not images:
-        for note in found.notes:
-            console.notes.print(note, markup=False, soft_wrap=True)
+        found.print_notes()
     out = default_out(found.path) if out is None else Path(out)
     if out.is_dir():
         raise RunError(f"{out}: is a folder; expected a file name such as {out / 'proposals.parquet'}")
@@ -213,7 +212,7 @@ def propose(
     if not making.parts.exists() and out.exists():
         rows = making.rows(making.block, retry=True)
         if not len(rows.pending(making.block)) and not rows.gone:
-            making.check_unreadable(rows, making.block, out, finished=True)
+            making.check_unreadable(rows, slice(None), out, finished=True)
             return _summary(out, time.monotonic() - start, 0, 0)
         del rows
 
