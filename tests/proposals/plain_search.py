@@ -5,6 +5,7 @@ Felzenszwalb and Huttenlocher's segmentation follows scikit-image's, down to the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -280,7 +281,7 @@ def grouped_boxes(
     return [tuple(box) for box in reversed(found)]
 
 
-def once(boxes: list[tuple[int, ...]]) -> np.ndarray:
+def once(boxes: Iterable[tuple[int, ...]]) -> np.ndarray:
     """The first of equal boxes: (N, 4)."""
     return np.array(list(dict.fromkeys(boxes)))
 
@@ -288,3 +289,9 @@ def once(boxes: list[tuple[int, ...]]) -> np.ndarray:
 def fixed(image: np.ndarray, scale: float, sigma: float, min_size: int) -> np.ndarray:
     """Boxes (N, 4) of mode ``fixed``."""
     return once(grouped_boxes(image, segment(image, scale, sigma, min_size), hsv_bins(image)))
+
+
+def in_turns(hierarchies: list[list[tuple[int, ...]]]) -> np.ndarray:
+    """Boxes (N, 4) of several groupings: the first of each, then the second of each, and so on; none twice."""
+    longest = max(map(len, hierarchies))
+    return once(boxes[k] for k in range(longest) for boxes in hierarchies if k < len(boxes))
