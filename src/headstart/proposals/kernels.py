@@ -3,7 +3,7 @@ because numba's cache looks at one file only to see whether it is stale.
 
 What made them fast, in the order of what it brought (each was measured alone):
 
-- Edges are 64-bit records, cost above, edge below, sorted by two counting passes of at most 15 bits.
+- Edges are 64-bit records, cost above, edge below, sorted by two counting passes.
 - Union-find in blocks: a pass without branches looks up both roots of every edge of a block and drops edges
   that have become internal; what is left nearly always joins, so that the second pass predicts well.
 - Unsigned indices: numba adds a test for negative ones to every access with a signed index.
@@ -25,7 +25,7 @@ from headstart.proposals.compiled import entry, inlined, inner
 
 ROUNDS = (0.25, 0.55)  # share of the edges, the lightest first, that the rounds but the last end with
 BLOCK = 512
-LOWEST_KEY = np.uint32(0x2F800000)  # 2**-32 as float32: squared costs below it share one bucket, see _sort_ties
+LOW_DIGIT = np.uint64(13)  # bits of a key that are sorted first; then the others, at most 17
 INFINITE_KEY = np.uint32(0x7F800000)
 HIGHEST_KEY = np.uint32(0x40400001)  # squared costs end at 3
 LOW_32, SHIFT_32 = np.uint64(0xFFFFFFFF), np.uint64(32)
@@ -101,8 +101,15 @@ def _blur(padded, weights, out):
             centre, weight = ring[y % rows], weights[0]
             for x in range(width):
                 middle[x] = centre[x] * weight
-            for k in range(radius, 0, -1):
+            k = radius
+            while k > 1:  # two at a time: half the traffic
                 above, below, weight = ring[(y - k + rows) % rows], ring[(y + k) % rows], weights[k]
+                above_2, below_2, weight_2 = ring[(y - k + 1 + rows) % rows], ring[(y + k - 1) % rows], weights[k - 1]
+                for x in range(width):
+                    middle[x] = (middle[x] + (above[x] + below[x]) * weight) + (above_2[x] + below_2[x]) * weight_2
+                k -= 2
+            if k == 1:
+                above, below, weight = ring[(y - 1 + rows) % rows], ring[(y + 1) % rows], weights[1]
                 for x in range(width):
                     middle[x] += (above[x] + below[x]) * weight
             for k in range(1, radius + 1):
@@ -111,8 +118,15 @@ def _blur(padded, weights, out):
             result, weight = out[channel, y], weights[0]
             for x in range(width):
                 result[x] = middle[x] * weight
-            for k in range(radius, 0, -1):
+            k = radius
+            while k > 1:
                 left, right, weight = wide[radius - k :], wide[radius + k :], weights[k]
+                left_2, right_2, weight_2 = wide[radius - k + 1 :], wide[radius + k - 1 :], weights[k - 1]
+                for x in range(width):
+                    result[x] = (result[x] + (left[x] + right[x]) * weight) + (left_2[x] + right_2[x]) * weight_2
+                k -= 2
+            if k == 1:
+                left, right, weight = wide[radius - 1 :], wide[radius + 1 :], weights[1]
                 for x in range(width):
                     result[x] += (left[x] + right[x]) * weight
 
@@ -164,7 +178,7 @@ def _cuts(keys, cuts):
     for i in range(0x8000):
         below += counts[i]
         while found < len(ROUNDS) and below >= ROUNDS[found] * total:
-            cuts[found] = min(max(np.uint32((i + 1) << 16), LOWEST_KEY), HIGHEST_KEY)
+            cuts[found] = min(np.uint32((i + 1) << 16), HIGHEST_KEY)
             found += 1
 
 
@@ -209,35 +223,29 @@ def _next(keys, low, high, parent, offsets, records):
 
 @inner
 def _sort(records, spare, low, high):
-    """By key, stable. Keys lie below ``high``; those below ``low`` count as ``low``."""
-    bits = 1
-    while (np.uint64(high) - np.uint64(low)) >> np.uint64(bits):
-        bits += 1
-    digit = np.uint64((bits + 1) // 2)
-    mask = (ONE << digit) - ONE
+    """By key, stable: two counting passes. Keys lie in [low, high)."""
     lowest = np.uint64(low)
-    counts = np.zeros((2, 1 << ((bits + 1) // 2)), np.uint32)
-    first, second = counts[0], counts[1]
+    n_high = np.int64((np.uint64(high) - lowest) >> LOW_DIGIT) + 1
+    mask = (ONE << LOW_DIGIT) - ONE
+    first, second = np.zeros(1 << np.int64(LOW_DIGIT), np.uint32), np.zeros(n_high, np.uint32)
     for i in range(len(records)):
-        key = max(records[i] >> SHIFT_32, lowest) - lowest
+        key = (records[i] >> SHIFT_32) - lowest
         first[key & mask] += np.uint32(1)
-        second[key >> digit] += np.uint32(1)
-    place_1 = place_2 = np.uint32(0)
-    for d in range(counts.shape[1]):
-        n = first[d]
-        first[d] = place_1
-        place_1 += n
-        n = second[d]
-        second[d] = place_2
-        place_2 += n
+        second[key >> LOW_DIGIT] += np.uint32(1)
+    place = np.uint32(0)
+    for d in range(len(first)):
+        first[d], place = place, place + first[d]
+    place = np.uint32(0)
+    for d in range(n_high):
+        second[d], place = place, place + second[d]
     for i in range(len(records)):
         record = records[i]
-        d = (max(record >> SHIFT_32, lowest) - lowest) & mask
+        d = ((record >> SHIFT_32) - lowest) & mask
         spare[first[d]] = record
         first[d] += np.uint32(1)
     for i in range(len(records)):
         record = spare[i]
-        d = (max(record >> SHIFT_32, lowest) - lowest) >> digit
+        d = ((record >> SHIFT_32) - lowest) >> LOW_DIGIT
         records[second[d]] = record
         second[d] += np.uint32(1)
 
@@ -264,15 +272,13 @@ def _equal_to_next(records, start, chosen):
 
 
 @inner
-def _sort_ties(records, low, blurred, offsets):
-    """Put records whose keys :func:`_sort` could not tell apart in the order of their exact costs, then edges."""
-    n = len(records)
+def _sort_ties(records, blurred, offsets):
+    """Put records with equal keys in the order of their exact costs, then edges. Key 0 is cost 0."""
     chosen = np.empty(2048, np.int64)
+    n = len(records)
     done = 0
-    while done < n and records[done] >> SHIFT_32 < low:
+    while done < n and records[done] <= LOW_32:
         done += 1
-    if done > 1:
-        _sort_run(records[:done], blurred, offsets)
     for start in range(0, n - 1, len(chosen) - 1):
         for i in range(_equal_to_next(records, start, chosen)):
             first = chosen[i]
@@ -286,10 +292,14 @@ def _sort_ties(records, low, blurred, offsets):
 @inner
 def _sort_run(records, blurred, offsets):
     n = len(records)
+    if n == 2:  # nearly all
+        if _cost(blurred, records[1] & LOW_32, offsets) < _cost(blurred, records[0] & LOW_32, offsets):
+            records[0], records[1] = records[1], records[0]
+        return
     costs = np.empty(n, np.float64)
     rising = True
     for i in range(n):
-        costs[i] = _cost(blurred, records[i] & LOW_32, offsets) if records[i] >> SHIFT_32 else 0.0
+        costs[i] = _cost(blurred, records[i] & LOW_32, offsets)
         rising &= i == 0 or costs[i - 1] <= costs[i]
     if rising:  # the edges rise, too: the sort before was stable
         return
@@ -422,33 +432,36 @@ def segment(image, scale, min_size, weights, padded, blurred, keys, records, spa
     flat = blurred.reshape(3, pixels)
     thresholds = nodes.view(np.float32)
     offsets = np.array([1, width, width + 1, width - 1], np.uint64)
+    nodes[0], thresholds[1] = 1, scale * scale
+    both = nodes.view(np.uint64)
+    single = both[0]
     for p in range(pixels):
         parent[p] = p
-        nodes[2 * p] = 1
-        thresholds[2 * p + 1] = scale * scale
+        both[p] = single
     cuts = np.empty(len(ROUNDS) + 1, np.uint32)
     _cuts(keys, cuts)
     n_rejected = 0
-    low = LOWEST_KEY
+    low = np.uint32(0)
     for turn in range(len(cuts)):
         left = records[n_rejected:]
         n = _lightest(keys, cuts[0], left) if turn == 0 else _next(keys, low, cuts[turn], parent, offsets, left)
         left = left[:n]
         _sort(left, spare, low, cuts[turn])
-        _sort_ties(left, low, flat, offsets)
+        _sort_ties(left, flat, offsets)
         n_rejected += _join(left, parent, nodes, thresholds, last_edge, offsets, scale, flat, left)
         _flatten(parent)
         low = cuts[turn]
     if min_size > 1:
         _join_small(records[:n_rejected], parent, nodes, offsets, np.uint32(min_size))
-        _flatten(parent)
     number = last_edge  # from here on: of the segment with this root, from 1
     for p in range(pixels):
         number[p] = 0
     count = np.uint32(0)
     label = labels.reshape(pixels)
     for p in range(pixels):
-        root = parent[p]
+        root = parent[parent[p]]
+        while parent[root] != root:
+            root = parent[root]
         if number[root] == 0:
             count += np.uint32(1)
             number[root] = count
@@ -513,6 +526,7 @@ def _count_exact(padded, labels, value_bin, counts):
     perhaps the right one is darker than the centre.
     """
     height, width = labels.shape
+    flat, n_bins = counts.reshape(counts.size), np.uint64(counts.shape[1])
     peak = np.empty(width, np.uint8)
     chosen = np.empty(width + 1, np.int32)
     for y in range(height):
@@ -521,7 +535,7 @@ def _count_exact(padded, labels, value_bin, counts):
         for x in range(width):
             peak[x] = max(red[x], max(green[x], blue[x]))
         for x in range(width):
-            counts[row[x], value_bin[peak[x]]] += 1
+            flat[np.uint64(row[x]) * n_bins + value_bin[peak[x]]] += np.int32(1)
         for channel in range(3):
             plane = padded[channel]
             up, mid, down = plane[y], plane[y + 1], plane[y + 2]
@@ -549,7 +563,7 @@ def _count_exact(padded, labels, value_bin, counts):
                     continue
                 if down_right == 0 and _reaches(plane, y, x, 1, 1):
                     continue
-                counts[row[x], COLOUR_BINS + 2 * channel + (r >= c)] += 1
+                flat[np.uint64(row[x]) * n_bins + np.uint64(COLOUR_BINS + 2 * channel + (r >= c))] += np.int32(1)
 
 
 @entry
@@ -591,14 +605,18 @@ def even_bins(padded, bins):
 def _count(bins, codes, labels, counts):
     """Per segment: pixels in 25 bins of each colour channel, then in 10 bins of each channel's patterns."""
     height, width = labels.shape
+    flat, n_bins = counts.reshape(counts.size), np.uint64(counts.shape[1])
+    ten = np.uint64(TEXTURE_BINS)
     for y in range(height):
         row = labels[y]
         for channel in range(3):
             bin_, code = bins[channel, y], codes[channel, y]
-            colour, texture = channel * COLOUR_BINS, 3 * COLOUR_BINS + channel * TEXTURE_BINS
+            colour = np.uint64(channel * COLOUR_BINS)
+            texture = np.uint64(3 * COLOUR_BINS + channel * TEXTURE_BINS)
             for x in range(width):
-                counts[row[x], colour + bin_[x]] += 1
-                counts[row[x], texture + ((code[x] * TEXTURE_BINS) >> 8)] += 1
+                start = np.uint64(row[x]) * n_bins
+                flat[start + colour + bin_[x]] += np.int32(1)
+                flat[start + texture + ((np.uint64(code[x]) * ten) >> np.uint64(8))] += np.int32(1)
 
 
 @inner
@@ -687,14 +705,29 @@ def adjacent(labels, n):
     table = np.full(1024, -1, np.int64)  # open addressing, at most half full
     found = 0
     last = np.int64(-1)
+    borders = np.empty(width, np.uint8)
+    chosen = np.empty(width + 1, np.int32)
     for y in range(height):
         row, below = labels[y], labels[min(y + 1, height - 1)]
+        borders[width - 1] = row[width - 1] != below[width - 1]
+        following, below_following = row[1:], below[1:]
+        for x in range(width - 1):
+            borders[x] = (
+                (row[x] != following[x])
+                | (row[x] != below[x])
+                | (row[x] != below_following[x])
+                | (following[x] != below[x])
+            )
+        m = 0
         for x in range(width):
-            here = row[x]
-            next_x, before_x = min(x + 1, width - 1), max(x - 1, 0)
-            if (row[next_x] == here) & (below[x] == here) & (below[next_x] == here) & (below[before_x] == here):
-                continue
-            for other in (row[next_x], below[x], below[next_x], below[before_x]):
+            chosen[m] = x
+            m += borders[x]
+        for i in range(m):
+            x = chosen[i]
+            after = min(x + 1, width - 1)
+            for k in range(4):  # right, below, and the two diagonals of these four pixels
+                here = row[after] if k == 3 else row[x]
+                other = row[after] if k == 0 else (below[after] if k == 2 else below[x])
                 key = np.int64(min(here, other)) * n + max(here, other)
                 if other == here or key == last:
                     continue
