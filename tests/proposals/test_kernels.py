@@ -149,19 +149,57 @@ def test_costs_that_equal_thresholds(shape, seed, highest, scale):
     np.testing.assert_array_equal(segment(grey, scale, 0.0, 1), plain.segment(grey, scale, 0.0, 1))
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_costs_that_equal_thresholds_of_segments(before):
+    """Two flat halves of ``size`` px, one step apart, where scale / size is that step; or that and an inner cost."""
+    for size in range(2, 40):
+        for step in range(2, 30):
+            row = np.zeros((1, 2 * size, 3), np.uint8)
+            row[:, :size, 0], row[:, size:, 0] = 100, 100 + step
+            row[:, : size // 2, 0] -= before
+            scale = (step - before) * size
+            np.testing.assert_array_equal(segment(row, scale, 0.0, 1), plain.segment(row, scale, 0.0, 1))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     scale=st.floats(-12, 0).map(lambda power: 10**power),
     sigma=st.sampled_from([0.9, 2.0, 4.0]),
     lights=st.integers(1, 5),
+    min_size=st.sampled_from([1, 2, 20, 100]),
 )
-def test_very_small_costs(seed, scale, sigma, lights):
+def test_very_small_costs(seed, scale, sigma, lights, min_size):
     """Single dim pixels in the dark, blurred: nearly flat, and with many costs that are hardly more than none."""
     image = np.zeros((20, 26, 3), np.uint8)
     rng = np.random.default_rng(seed)
     image[rng.integers(0, 20, lights), rng.integers(0, 26, lights), rng.integers(0, 3, lights)] = 1
-    np.testing.assert_array_equal(segment(image, scale, sigma, 1), plain.segment(image, scale, sigma, 1))
+    expected = plain.segment(image, scale, sigma, min_size)
+    np.testing.assert_array_equal(segment(image, scale, sigma, min_size), expected)
+
+
+def test_a_pixel_between_two_segments_goes_to_the_nearer():
+    """By whole numbers it is as near to one as to the other, by float64 often not; equal ones: to the left."""
+    first, step = np.random.default_rng(0).integers(1, 85, (2, 40_000, 3))
+    image = first[:, None] + step[:, None] * np.array([[0], [0], [1], [2], [2]])  # five pixels in a row
+    _, left, middle, right, _ = np.moveaxis(image * (1 / 255), 1, 0)
+    costs = []
+    for one, other in ((left, middle), (middle, right)):
+        r, g, b = (other - one).T
+        costs.append(np.sqrt(r * r + g * g + b * b))
+    nearer = np.where(costs[0] <= costs[1], 0, 4)
+    assert 0.1 < np.mean(nearer == 4) < 0.9
+    labels = segment(image.reshape(1, -1, 3).astype(np.uint8), 1e-9, 0.0, 2).reshape(-1, 5)
+    np.testing.assert_array_equal(labels[:, 2], labels[np.arange(40_000), nearer])
+    assert (labels[:, 0] != labels[:, 4]).all()
+
+
+def test_edges_that_cost_just_what_a_round_ends_with():
+    """A pixel whose edges cost 1, all others a little less; 1 is a round number in float32, too."""
+    image = np.where(np.random.default_rng(0).random((40, 50, 1)) < 0.5, (254, 22, 0), 0).astype(np.uint8)
+    image[9:12, 9:12] = 0
+    image[10, 10] = (255, 0, 0)
+    assert segment(image, 1e6, 0.0, 1).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -352,8 +390,9 @@ def test_fixed_features_are_the_plain_ones(seed):
         np.full((300, 20, 3), 255, np.uint8),
         noise(30, 300, 4, 2) // 64 * np.uint8(3),
         noise(1, 30, 5, 9),
+        noise(70, 300, 6, 4),  # even steps: a corner equals its centre where a neighbour is one up and one is one down
     ],
-    ids=["photo", "noise", "levels", "drawing", "wide", "high", "two", "row"],
+    ids=["photo", "noise", "levels", "drawing", "wide", "high", "two", "row", "steps"],
 )
 def test_exact_features_are_those_of_the_reference(image):
     """Hue and saturation have one bin each that counts; of the 30 patterns' bins, two a channel do."""
@@ -444,10 +483,13 @@ def test_pixels_that_touch_at_a_corner_make_neighbours():
 # Grouping
 
 
-def things(n, seed, kinds, n_bins=6):
-    """Histograms, sizes and boxes of n segments of a few kinds: the fewer kinds, the more ties."""
+def things(n, seed, kinds, n_bins=6, parts=4):
+    """Histograms, sizes and boxes of n segments of a few kinds: the fewer kinds, the more ties.
+
+    Shares are of so many parts: 4 is exact in floating point, 7 is not.
+    """
     rng = np.random.default_rng(seed)
-    histograms = rng.integers(0, 5, (kinds, n_bins)) / 4.0
+    histograms = rng.integers(0, parts + 1, (kinds, n_bins)) / parts
     sizes = rng.integers(1, 1 + min(kinds, 50), kinds)
     corners = rng.integers(0, 2 + kinds, (kinds, 2, 2))
     boxes = np.concatenate([corners.min(1), corners.max(1)], -1)
@@ -487,9 +529,10 @@ def some_pairs(n, density, seed):
     weights=st.tuples(*4 * [st.sampled_from([0.0, 0.5, 1.0])]),
     n_colour=st.integers(0, 6),
     sure=st.sampled_from([0.0, 2.0]),
+    parts=st.sampled_from([4, 7]),
 )
-def test_groups_of_any_small_graph_are_the_plain_ones(seed, n, density, kinds, weights, n_colour, sure):
-    compare(some_pairs(n, density, seed), *things(n, seed, kinds), n_colour, sure, weights=weights)
+def test_groups_of_any_small_graph_are_the_plain_ones(seed, n, density, kinds, weights, n_colour, sure, parts):
+    compare(some_pairs(n, density, seed), *things(n, seed, kinds, parts=parts), n_colour, sure, weights=weights)
 
 
 @pytest.mark.parametrize("kinds", [1, 3, 1000])
