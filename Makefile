@@ -21,6 +21,8 @@ check: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/selective_search.py
+	$(BIN)/python benchmarks/memory.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -206,6 +206,18 @@ ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {
 }
 
 
+# Settings that only some engines read; the others are read whatever the engine.
+READ_BY: dict[str, tuple[EngineName, ...]] = {
+    "mode": ("selective_search",),
+    "scale": ("selective_search", "opencv"),
+    "sigma": ("selective_search", "opencv"),
+    "min_size": ("selective_search", "opencv"),
+    "colour": ("opencv",),
+    "random_boxes": ("random", "random_patches"),
+    "seed": ("random", "random_patches"),
+}
+
+
 def make_engine(settings: ProposalSettings) -> ProposalEngine:
     """The engine that ``settings.engine`` names.
 

@@ -27,7 +27,7 @@ from headstart import boxes as box_ops
 from headstart.datasets.image_set import ImageSet
 from headstart.errors import DataError, ImageError, SettingsError
 from headstart.files import replacing
-from headstart.proposals import ProposalSettings
+from headstart.proposals import READ_BY, ProposalSettings
 from headstart.proposals.store import metadata_of, readable
 
 # Okabe and Ito's bright colours, which readers with any common colour blindness can tell apart. Black beside every
@@ -258,7 +258,12 @@ def _title(facts: _Facts, boxes: int) -> list[str]:
         notes += f"; {facts.failures:,} could not be read"
     notes += f"; at most {boxes} boxes an image are drawn, chosen at random"
     off = {name for name, field in ProposalSettings.model_fields.items() if field.default is None}
-    settings = {k: v for k, v in meta["settings"].items() if v is not None or k not in off}
+    engine = meta["settings"].get("engine")
+    settings = {
+        k: v
+        for k, v in meta["settings"].items()
+        if (v is not None or k not in off) and (k not in READ_BY or engine in READ_BY[k])
+    }
     for elsewhere in ("engine", "max_unreadable"):  # in the title already; no matter of the boxes
         settings.pop(elsewhere, None)
     made = f"{meta['engine']} {meta['engine_version']}: " + ", ".join(f"{k}={_short(v)}" for k, v in settings.items())
