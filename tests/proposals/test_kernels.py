@@ -151,14 +151,19 @@ def test_costs_that_equal_thresholds(shape, seed, highest, scale):
 
 @pytest.mark.parametrize("before", [0, 1])
 def test_costs_that_equal_thresholds_of_segments(before):
-    """Two flat halves of ``size`` px, one step apart, where scale / size is that step; or that and an inner cost."""
+    """Two halves one step apart, where scale / size, with the inner cost ``before``, is that step but for rounding."""
+    rng = np.random.default_rng(0)
+    joined = []
     for size in range(2, 40):
-        for step in range(2, 30):
-            row = np.zeros((1, 2 * size, 3), np.uint8)
-            row[:, :size, 0], row[:, size:, 0] = 100, 100 + step
-            row[:, : size // 2, 0] -= before
-            scale = (step - before) * size
-            np.testing.assert_array_equal(segment(row, scale, 0.0, 1), plain.segment(row, scale, 0.0, 1))
+        for step in rng.integers(2, 80, (25, 3)):
+            row = np.full((1, 2 * size, 3), 100, np.uint8)
+            row[:, size:] += step.astype(np.uint8)
+            row[:, [0, -1], 0] -= before
+            scale = (np.sqrt(float(step @ step)) - before) * size
+            labels = segment(row, scale, 0.0, 1)
+            np.testing.assert_array_equal(labels, plain.segment(row, scale, 0.0, 1))
+            joined.append(labels[0, -1] == labels[0, 0])
+    assert 0.2 < np.mean(joined) < 0.8
 
 
 @settings(max_examples=40, deadline=None)
