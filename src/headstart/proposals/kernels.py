@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from headstart.proposals.compiled import entry, inlined, inner
 
-ROUNDS = (0.25, 0.55)  # share of the edges, the lightest first, that the rounds but the last end with
+ROUNDS = (0.2, 0.4, 0.65)  # share of the edges, the lightest first, that the rounds but the last end with
 BLOCK = 512
 LOW_DIGIT = np.uint64(13)  # bits of a key that are sorted first; then the others, at most 17
 INFINITE_KEY = np.uint32(0x7F800000)
@@ -822,6 +822,7 @@ def group(pairs, n, histograms, n_colour, sure, sizes, boxes, pixels, weights):
     best_pair = np.empty(total, np.int32)
     pair_with = np.full(total, -1, np.int32)  # region -> its pair with the newest region
     none = np.int32(0x7FFFFFFF)
+    a_pixel = 1.0 / pixels
     count = len(pairs)
     for i in range(n):
         alive[i] = 1
@@ -889,7 +890,7 @@ def group(pairs, n, histograms, n_colour, sure, sizes, boxes, pixels, weights):
         gain_b = _gain(new, b, histograms, n_colour, weights)
         first[new] = count
         own_a, own_b, in_a, in_b = first[a], first[b], head[a], head[b]
-        while True:  # the pairs of a and b, oldest first
+        while True:  # the pairs of a and b, oldest first: from whichever list has the oldest, up to the others' oldest
             next_1 = own_a if own_a < stop[a] else none
             next_2 = own_b if own_b < stop[b] else none
             next_3 = in_a if in_a >= 0 else none
@@ -897,37 +898,53 @@ def group(pairs, n, histograms, n_colour, sure, sizes, boxes, pixels, weights):
             pair = min(min(next_1, next_2), min(next_3, next_4))
             if pair == none:
                 break
-            gain = gain_a
-            if pair == next_1:
-                own_a += 1
-                other = partner[pair]
-            elif pair == next_2:
-                own_b += 1
-                other = partner[pair]
-                gain = gain_b
-            elif pair == next_3:
-                in_a = following[pair]
-                other = owner[pair]
+            if pair in (next_1, next_2):
+                of_a = pair == next_1
+                limit = min(next_2 if of_a else next_1, min(next_3, next_4))
+                limit = min(limit + 1, stop[a] if of_a else stop[b])  # + 1: the pair of a and b is in two lists
+                gain = gain_a if of_a else gain_b
+                while pair < limit:
+                    other = partner[pair]
+                    if alive[other]:
+                        count = _renew(
+                            pair, other, gain, new, count, first[new], owner, partner, alike, bound,
+                            pair_with, following, head, tail,
+                        )  # fmt: skip
+                    pair += np.int32(1)
+                if of_a:
+                    own_a = pair
+                else:
+                    own_b = pair
             else:
-                in_b = following[pair]
-                other = owner[pair]
-                gain = gain_b
-            if not alive[other]:
-                continue
-            at = pair_with[other]
-            if at >= first[new] and at < count and owner[at] == new and partner[at] == other:
-                alike[at] = min(alike[at], alike[pair] + gain)
-                continue
-            pair_with[other] = count
-            owner[count], partner[count], alike[count], bound[count] = new, other, alike[pair] + gain, 1
-            _append(count, other, following, head, tail)
-            count += 1
+                of_a = pair == next_3
+                limit = min(next_4 if of_a else next_3, min(next_1, next_2))
+                gain = gain_a if of_a else gain_b
+                while 0 <= pair <= limit:
+                    other = owner[pair]
+                    if alive[other]:
+                        count = _renew(
+                            pair, other, gain, new, count, first[new], owner, partner, alike, bound,
+                            pair_with, following, head, tail,
+                        )  # fmt: skip
+                    pair = following[pair]
+                if of_a:
+                    in_a = pair
+                else:
+                    in_b = pair
         stop[new] = count
-        best[new], best_pair[new] = -np.inf, -1
+        most, mosts_pair = -np.inf, -1
+        left, top, right, bottom = boxes[new, 0], boxes[new, 1], boxes[new, 2], boxes[new, 3]
         for pair in range(first[new], count):
-            similarity[pair] = _similarity(alike[pair], new, partner[pair], sizes, boxes, pixels, weights)
-            if similarity[pair] >= best[new]:
-                best[new], best_pair[new] = similarity[pair], pair
+            other = partner[pair]
+            wide = max(right, boxes[other, 2]) - min(left, boxes[other, 0])
+            high = max(bottom, boxes[other, 3]) - min(top, boxes[other, 1])
+            both = (size + sizes[other]) * a_pixel
+            around = wide * high * a_pixel
+            similar = alike[pair] + weights[2] * (1.0 - both) + weights[3] * (1.0 - around + both) + SLACK
+            similarity[pair] = similar
+            if similar >= most:
+                most, mosts_pair = similar, pair
+        best[new], best_pair[new] = most, mosts_pair
         for region in (a, b, np.int32(new)):
             _play(winners, best, best_pair, region)
         new += 1
@@ -946,6 +963,19 @@ def _play(winners, best, best_pair, region):
     while i:
         winners[i] = _better(winners[2 * i], winners[2 * i + 1], best, best_pair)
         i //= 2
+
+
+@inlined
+def _renew(pair, other, gain, new, count, begin, owner, partner, alike, bound, pair_with, following, head, tail):
+    """Make ``pair``, of a region that was merged into ``new``, one of ``new`` and ``other``."""
+    at = pair_with[other]
+    if at >= begin and at < count and owner[at] == new and partner[at] == other:
+        alike[at] = min(alike[at], alike[pair] + gain)
+        return count
+    pair_with[other] = count
+    owner[count], partner[count], alike[count], bound[count] = new, other, alike[pair] + gain, 1
+    _append(count, other, following, head, tail)
+    return count + 1
 
 
 @inner
