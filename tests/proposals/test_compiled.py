@@ -39,7 +39,8 @@ def one_more(x):
 def home(tmp_path, monkeypatch):
     """A user's empty home; nothing of this machine's own caches is seen or left changed."""
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back, also where the code under test sets it
+        monkeypatch.delenv(name)
     folder = tmp_path / "home"
     folder.mkdir()
     monkeypatch.setenv("HOME", str(folder))
