@@ -345,15 +345,9 @@ def test_an_unknown_mode_is_refused():
 # The engine
 
 
-def compiled():
-    return {name: list(getattr(kernels, name).signatures) for name in ENTRIES}
-
-
 def test_prepared_is_prepared_for_every_image():
-    """Nothing is compiled, or loaded, in the midst of the work."""
+    """Nothing is compiled, or loaded, in the midst of the work: one version of each function serves all of it."""
     prepare(show=False)
-    before = compiled()
-    assert all(before.values())
     image = noise(40, 50)
     read_only = image.copy()
     read_only.flags.writeable = False
@@ -370,7 +364,7 @@ def test_prepared_is_prepared_for_every_image():
             selective_search(each, mode=mode)
         for parameters in ((100, 1, 10), (100.0, 0.0, 0), (np.float64(10), np.float64(0.5), np.int64(5))):
             selective_search(image, *parameters, mode)
-    assert compiled() == before
+    assert {name: len(getattr(kernels, name).signatures) for name in ENTRIES} == dict.fromkeys(ENTRIES, 1)
 
 
 def test_every_entry_is_one_that_prepare_calls():
