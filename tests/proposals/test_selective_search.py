@@ -337,6 +337,14 @@ def test_impossible_parameters_are_refused(wrong):
         selective_search(noise(8, 8), **wrong)
 
 
+@pytest.mark.xfail(strict=True, reason="the kernel keeps the last 32 bits of min_size")
+def test_min_size_may_be_larger_than_any_image():
+    image = plain.drawing(30, 40, 0)
+    assert len(selective_search(image, 10, 0.5, 2)) > 1
+    for min_size in (30 * 40, 2**31, 2**32):
+        assert selective_search(image, 10, 0.5, min_size).tolist() == [[0, 0, 40, 30]]
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="mode='quality'; expected one of fixed, exact, diverse"):
         selective_search(noise(8, 8), mode="quality")
