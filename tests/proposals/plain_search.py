@@ -132,7 +132,7 @@ def hsv_bins(rgb: np.ndarray) -> np.ndarray:
     turn = np.where(top == r, g - b, np.where(top == g, b - r + 2 * span, r - g + 4 * span))
     hue = 25 * (turn % np.maximum(6 * span, 1)) // np.maximum(6 * span, 1)
     saturation = np.minimum(25 * span // np.maximum(top, 1), 24)
-    return np.stack([hue, saturation, 25 * top // 256], -1)
+    return np.stack([hue, saturation, np.minimum(25 * top // 255, 24)], -1)
 
 
 def patterns(plane: np.ndarray, ambiguous: bool = False) -> np.ndarray:

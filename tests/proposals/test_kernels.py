@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.proposals import kernels
+from headstart.proposals.selective_search import _value_bins
 
 COLOUR = kernels.COLOUR_BINS
 EQUAL = (1.0, 1.0, 1.0, 1.0)
@@ -288,7 +289,7 @@ def test_hsv_bins_of_a_great_many_colours():
         for order in ([0, 1, 2], [1, 2, 0], [2, 0, 1]):
             colours = np.ascontiguousarray(image[..., order])
             bins = np.empty((3, 256, 256), np.uint8)
-            kernels.hsv_bins(padded(colours), bins)
+            kernels.hsv_bins(padded(colours), _value_bins(), bins)
             np.testing.assert_array_equal(np.moveaxis(bins, 0, -1), plain.hsv_bins(colours))
 
 
@@ -297,7 +298,7 @@ def test_the_plain_hsv_bins_are_those_of_the_standard_library():
     colours[:20] = noise(20, 60, 1, 6)
     for (r, g, b), bins in zip(colours.reshape(-1, 3).tolist(), plain.hsv_bins(colours).reshape(-1, 3), strict=True):
         h, s, v = colorsys.rgb_to_hsv(r, g, b)
-        for bin_, share in zip(bins, (h, s, v / 256), strict=True):
+        for bin_, share in zip(bins, (h, s, v / 255), strict=True):
             assert bin_ in {min(int(25 * share + rounding), 24) for rounding in (-1e-9, 1e-9)}
 
 

@@ -567,10 +567,11 @@ def _count_exact(padded, labels, value_bin, counts):
 
 
 @entry
-def hsv_bins(padded, bins):
+def hsv_bins(padded, value_bin, bins):
     """Bins of H, S and V, 25 each, of (3, H + 2, W + 2) pixels, into (3, H, W).
 
-    Quotients of these small integers, rounded to float32, never cross a bin's edge.
+    ``value_bin``: (256,) the bin of every V. Quotients of these small integers, rounded to float32, never cross a
+    bin's edge.
     """
     _, height, width = bins.shape
     for y in range(height):
@@ -587,7 +588,7 @@ def hsv_bins(padded, bins):
             saturation[x] = min(
                 np.uint8(np.float32(span * COLOUR_BINS) / np.float32(max(top, 1))), np.uint8(COLOUR_BINS - 1)
             )
-            value[x] = np.uint8((top * COLOUR_BINS) >> 8)
+            value[x] = value_bin[top]
 
 
 @entry
@@ -712,12 +713,7 @@ def adjacent(labels, n):
         borders[width - 1] = row[width - 1] != below[width - 1]
         following, below_following = row[1:], below[1:]
         for x in range(width - 1):
-            borders[x] = (
-                (row[x] != following[x])
-                | (row[x] != below[x])
-                | (row[x] != below_following[x])
-                | (following[x] != below[x])
-            )
+            borders[x] = (row[x] != following[x]) | (row[x] != below[x]) | (row[x] != below_following[x])
         m = 0
         for x in range(width):
             chosen[m] = x

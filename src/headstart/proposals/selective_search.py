@@ -49,6 +49,7 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 VERSION = "1"  # of the boxes: raise it with any change to them
 
 EQUAL = (1.0, 1.0, 1.0, 1.0)  # weights of colour, texture, size, fill
+MAX_SIGMA = 1000
 MAX_PIXELS = 2**28  # places of pixels are kept in 30 bits, four edges a pixel counted in 32
 
 
@@ -68,7 +69,7 @@ def selective_search(
         image: (H, W, 3) uint8 RGB.
         scale: Felzenszwalb's k, for pixel values 0..255: larger gives larger segments. ``diverse`` takes 0.3, 0.2
             and 0.1 times as much.
-        sigma: Gaussian blur before the segmentation, standard deviation in px; 0 for none.
+        sigma: Gaussian blur before the segmentation, standard deviation in px; 0 for none, at most 1000.
         min_size: segments of fewer px are joined to a neighbour; ``diverse`` takes 5 times as many.
         mode: ``fixed``, ``exact`` or ``diverse``: see the top of this file. Parameters left out are its own
             (:data:`headstart.proposals.SEARCH_DEFAULTS`): the papers' 500, 0.9, 10, or 100, 0.8, 50 for ``fixed``.
@@ -92,8 +93,12 @@ def selective_search(
         raise TypeError(f"expected an image as a uint8 NumPy array, got {what}")
     if image.ndim != 3 or image.shape[2] != 3 or not 0 < image.shape[0] * image.shape[1] <= MAX_PIXELS:
         raise ValueError(f"expected an RGB image (H, W, 3) of 1 to {MAX_PIXELS:,} px, got shape {image.shape}")
-    if not (0 < scale < np.inf and 0 <= sigma < np.inf and min_size >= 0):
-        raise ValueError(f"expected scale > 0, sigma >= 0, min_size >= 0, got {scale}, {sigma}, {min_size}")
+    if not (0 < scale < np.inf and 0 <= sigma <= MAX_SIGMA and min_size >= 0):
+        raise ValueError(
+            f"expected scale > 0, 0 <= sigma <= {MAX_SIGMA}, min_size >= 0, got {scale}, {sigma}, {min_size}"
+        )
+    # Of one type, or the kernels would be compiled again.
+    scale, sigma, min_size = float(scale), float(sigma), int(min_size)
     image = np.require(image, requirements=["C", "W"])  # the kernels are compiled for one kind of array
     memory = _Memory.of_this_thread(*image.shape[:2])
     if mode == "exact":
@@ -138,10 +143,10 @@ def _hierarchies(
     if strategy.colour != "rgb":
         import cv2  # a start without it is quicker
 
-        image = cv2.cvtColor(image, cv2.COLOR_RGB2HSV if strategy.colour == "hsv" else cv2.COLOR_RGB2LAB)
+        image = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL if strategy.colour == "hsv" else cv2.COLOR_RGB2LAB)
     n = memory.segment(image, scale * strategy.scale, sigma, min_size * strategy.min_size)
     if strategy.colour == "rgb":
-        kernels.hsv_bins(memory.padded, memory.bins)
+        kernels.hsv_bins(memory.padded, _value_bins(), memory.bins)
     else:
         kernels.even_bins(memory.padded, memory.bins)
     regions = memory.describe(n, 3 * (kernels.COLOUR_BINS + kernels.TEXTURE_BINS), exact=False)
@@ -220,7 +225,7 @@ class _Memory:
         return kernels.segment(
             image,
             scale / 255.0,
-            min_size,
+            min(min_size, self.pixels),
             _gaussian(sigma),
             self.padded,
             self.blurred,
