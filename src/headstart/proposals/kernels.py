@@ -847,10 +847,11 @@ def group(pairs, n, histograms, n_colour, sure, sizes, boxes, pixels, weights):
                 alike[chosen] = _alike(a, b, histograms, n_colour, sure, weights)
                 similarity[chosen] = _similarity(alike[chosen], a, b, sizes, boxes, pixels, weights)
                 bound[chosen] = 0
-            best[a], best_pair[a] = -np.inf, -1
+            most, mosts_pair = -np.inf, -1
             for pair in range(first[a], stop[a]):
-                if similarity[pair] >= best[a] and alive[partner[pair]]:
-                    best[a], best_pair[a] = similarity[pair], pair
+                if similarity[pair] >= most and alive[partner[pair]]:
+                    most, mosts_pair = similarity[pair], pair
+            best[a], best_pair[a] = most, mosts_pair
             _play(winners, best, best_pair, a)
         if chosen < 0:
             break
@@ -876,6 +877,8 @@ def group(pairs, n, histograms, n_colour, sure, sizes, boxes, pixels, weights):
                 alike, similarity = _longer(alike, count, capacity), _longer(similarity, count, capacity)
                 bound, following = _longer(bound, count, capacity), np.empty(capacity, np.int32)
             _index(owner, partner, similarity, following, count, first, stop, head, tail, best, best_pair)
+            for i in range(total):
+                pair_with[i] = -1
             for i in range(total - 1, 0, -1):
                 winners[i] = _better(winners[2 * i], winners[2 * i + 1], best, best_pair)
         alive[a] = alive[b] = 0
@@ -965,7 +968,7 @@ def _play(winners, best, best_pair, region):
 def _renew(pair, other, gain, new, count, begin, owner, partner, alike, bound, pair_with, following, head, tail):
     """Make ``pair``, of a region that was merged into ``new``, one of ``new`` and ``other``."""
     at = pair_with[other]
-    if at >= begin and at < count and owner[at] == new and partner[at] == other:
+    if at >= begin:  # the other of the two was its neighbour, too
         alike[at] = min(alike[at], alike[pair] + gain)
         return count
     pair_with[other] = count
