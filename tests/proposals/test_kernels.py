@@ -53,6 +53,7 @@ def segment(image, scale=100.0, sigma=0.9, min_size=10):
         rubbish(np.uint32, 4, pixels),
         rubbish(np.uint64, 4 * pixels + 1),
         rubbish(np.uint64, 4 * pixels + 1),
+        rubbish(np.uint32, kernels.COUNTS),
         rubbish(np.uint32, pixels),
         rubbish(np.uint32, 2 * pixels),
         rubbish(np.uint32, pixels),

@@ -28,6 +28,7 @@ BLOCK = 512
 LOW_DIGIT = np.uint64(13)  # bits of a key that are sorted first; then the others, at most 17
 INFINITE_KEY = np.uint32(0x7F800000)
 HIGHEST_KEY = np.uint32(0x40400001)  # squared costs end at 3
+COUNTS = (1 << int(LOW_DIGIT)) + (int(HIGHEST_KEY) >> int(LOW_DIGIT)) + 1
 LOW_32, SHIFT_32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 PIXEL_BITS, PIXEL_MASK = np.uint64(30), np.uint64(0x3FFFFFFF)
 ONE = np.uint64(1)
@@ -222,12 +223,14 @@ def _next(keys, low, high, parent, offsets, records):
 
 
 @inner
-def _sort(records, spare, low, high):
+def _sort(records, spare, counts, low, high):
     """By key, stable: two counting passes. Keys lie in [low, high)."""
     lowest = np.uint64(low)
-    n_high = np.int64((np.uint64(high) - lowest) >> LOW_DIGIT) + 1
+    n_low, n_high = 1 << np.int64(LOW_DIGIT), np.int64((np.uint64(high) - lowest) >> LOW_DIGIT) + 1
     mask = (ONE << LOW_DIGIT) - ONE
-    first, second = np.zeros(1 << np.int64(LOW_DIGIT), np.uint32), np.zeros(n_high, np.uint32)
+    first, second = counts[:n_low], counts[n_low : n_low + n_high]
+    for d in range(n_low + n_high):
+        counts[d] = 0
     for i in range(len(records)):
         key = (records[i] >> SHIFT_32) - lowest
         first[key & mask] += np.uint32(1)
@@ -412,7 +415,9 @@ def _join_small(rejected, parent, nodes, offsets, min_size):
 
 
 @entry
-def segment(image, scale, min_size, weights, padded, blurred, keys, records, spare, parent, nodes, last_edge, labels):
+def segment(
+    image, scale, min_size, weights, padded, blurred, keys, records, spare, counts, parent, nodes, last_edge, labels
+):
     """Segments of an image, numbered by their first pixels row by row; returns how many.
 
     Args:
@@ -421,6 +426,7 @@ def segment(image, scale, min_size, weights, padded, blurred, keys, records, spa
         weights: of the Gaussian, centre first.
         padded: (3, H + 2, W + 2) uint8: gets the image and a border of zeros.
         blurred: (3, H, W) float64; keys: (4, H * W) uint32; records, spare: (4 * H * W + 1,) uint64;
+        counts: (COUNTS,) uint32;
         parent, last_edge: (H * W,) uint32; nodes: (2 * H * W,) uint32: memory to work in.
         labels: (H, W) int32: the result.
     """
@@ -446,7 +452,7 @@ def segment(image, scale, min_size, weights, padded, blurred, keys, records, spa
         left = records[n_rejected:]
         n = _lightest(keys, cuts[0], left) if turn == 0 else _next(keys, low, cuts[turn], parent, offsets, left)
         left = left[:n]
-        _sort(left, spare, low, cuts[turn])
+        _sort(left, spare, counts, low, cuts[turn])
         _sort_ties(left, flat, offsets)
         n_rejected += _join(left, parent, nodes, thresholds, last_edge, offsets, scale, flat, left)
         _flatten(parent)

@@ -198,6 +198,7 @@ class _Memory:
         self.keys = self._take(np.uint32, 4, self.pixels)
         self.records = self._take(np.uint64, 4 * self.pixels + 1)
         self.spare = self._take(np.uint64, 4 * self.pixels + 1)
+        self.counts = self._take(np.uint32, kernels.COUNTS)
         self.blurred = self._take(np.float64, 3, height, width)
         self.parent = self._take(np.uint32, self.pixels)
         self.nodes = self._take(np.uint32, 2 * self.pixels)
@@ -209,7 +210,7 @@ class _Memory:
 
     @classmethod
     def of_this_thread(cls, height: int, width: int) -> _Memory:
-        needed = 144 * height * width + 8 * (height + width) + 4096
+        needed = 144 * height * width + 8 * (height + width) + 4 * kernels.COUNTS + 4096
         block = getattr(cls._thread, "block", None)
         if block is None or len(block) < needed:
             cls._thread.block = None  # the old one goes first
@@ -232,6 +233,7 @@ class _Memory:
             self.keys,
             self.records,
             self.spare,
+            self.counts,
             self.parent,
             self.nodes,
             self.last_edge,
