@@ -750,7 +750,7 @@ def test_finished_rows_are_saved_however_slow_the_next_image_is(folder, tmp_path
 def test_a_killed_parent_takes_its_workers_along(folder, tmp_path, whole, start):
     out = tmp_path / "p.parquet"
     for seconds in (0.1, 0.3):
-        process = start(folder, out, log="log", workers=2, slow=0.05)
+        process = start(folder, out, log="log", workers=2, slow=0.2)
         wait_for(lambda: (tmp_path / "log").exists())
         time.sleep(seconds)
         children = children_of(process.pid)
@@ -781,7 +781,7 @@ def wait_for(condition, seconds=20):
 
 def test_ctrl_c_with_workers(folder, tmp_path, whole, start):
     out = tmp_path / "p.parquet"
-    process = start(folder, out, workers=2, slow=0.05)
+    process = start(folder, out, workers=2, slow=0.2)  # seconds between the first part and the end
     wait_for(lambda: len(saved_images(out)) > 0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers alike
     _, errors = process.communicate(timeout=20)
