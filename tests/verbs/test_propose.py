@@ -642,6 +642,8 @@ def start(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A shell that starts the tests in the background has them ignore Ctrl-C, and they would pass that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         processes.append(process)
