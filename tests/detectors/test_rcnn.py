@@ -144,7 +144,7 @@ def test_unknown_names_say_what_is_known():
 def test_every_parameter_belongs_to_one_part(tiny):
     for settings in ({}, {"name": "mask_rcnn"}, {"neck": "c4"}):
         detector = detectors.build(RCNNSettings(**{**tiny, **settings}))
-        prefixes = list(detector.prefixes.values())
+        prefixes = [p for group in detector.prefixes.values() for p in group]
         for name, _ in detector.module.named_parameters():
             assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
         assert sum(len(detector.part_state([part])) for part in detector.parts) == len(detector.module.state_dict())

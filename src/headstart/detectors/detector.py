@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,19 +22,51 @@ class DetectorSettings(Settings):
     """What a detector is built from; a family adds its own. Stored in run.json, so that runs can be rebuilt."""
 
     name: str = Field("faster_rcnn", description="detector family")
-    backbone: str = Field("resnet50", description="torchvision backbone name, for example resnet18")
+    backbone: str = Field("resnet50", description="torchvision or timm backbone name, for example resnet18")
     num_classes: int | None = Field(
         None, description="object classes without background; None: taken from the labels when fine-tuning"
     )
+
+    def shared(self) -> dict[str, Any]:
+        """What a detector of another family is built with to take over this one's weights."""
+        return {"backbone": self.backbone}
+
+
+Ability = Literal["pool", "propose", "match"]
+"""What a detector can do for a method beyond features and the supervised loss:
+
+* pool: :meth:`Detector.embed`, embeddings of given boxes.
+* propose: :meth:`Detector.rpn_loss` and :meth:`Detector.rpn_boxes`.
+* match: :meth:`Detector.match`, predictions that answer for given boxes.
+"""
+
+
+@dataclass
+class Matched:
+    """The predictions that answer for given boxes, M of them over all images of a batch.
+
+    Attributes:
+        embeddings: (M, D) what stands in the class layer's place gives for each.
+        image: (M,) int64, index of the image.
+        box: (M,) int64, index of the box among those of its image.
+        losses: the detector's own losses of where things are; never of what they are.
+    """
+
+    embeddings: Tensor
+    image: Tensor
+    box: Tensor
+    losses: dict[str, Tensor]
 
 
 class Detector(nn.Module, ABC):
     """Wraps a library's own detector, ``module``, whose parameters and names are never changed.
 
-    ``parts`` names its stages (backbone, neck, rpn, head, ...) in the order data flows through them.
+    ``parts`` names its stages in the order data flows through them: backbone, neck, rpn, head, classifier, regressor,
+    and what a family has besides. Methods ask for ``abilities``, never for a class.
     """
 
     family: ClassVar[str]
+    abilities: ClassVar[frozenset[Ability]] = frozenset()
 
     def __init__(self, module: nn.Module, settings: DetectorSettings | None) -> None:
         super().__init__()
@@ -52,13 +85,17 @@ class Detector(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def parts(self) -> Mapping[str, nn.Module]:
-        """Part name -> submodule of ``module``."""
+    def prefixes(self) -> Mapping[str, tuple[str, ...]]:
+        """Part name -> prefixes of its keys in ``module.state_dict()``."""
 
     @property
-    @abstractmethod
-    def prefixes(self) -> Mapping[str, str]:
-        """Part name -> prefix of its keys in ``module.state_dict()``."""
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Part name -> submodule of ``module``; a list of them where a part is in several places."""
+        found = {}
+        for name, prefixes in self.prefixes.items():
+            modules = [self.module.get_submodule(prefix.rstrip(".")) for prefix in prefixes]
+            found[name] = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+        return found
 
     @abstractmethod
     def features(self, images: Tensor, neck: bool = True) -> Features:
@@ -68,6 +105,15 @@ class Detector(nn.Module, ABC):
         """
 
     @abstractmethod
+    def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """The supervised loss, as named terms. Images (3, H, W) uint8 or float in [0, 1], sizes may differ."""
+
+    @abstractmethod
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """Per image: boxes (n, 4) xyxy in its own pixels, labels (n,), scores (n,) and, if any, masks (n, 1, H, W)."""
+
+    # ---- abilities ------------------------------------------------------------------------------------------------
+
     def embed(
         self,
         features: Features,
@@ -76,19 +122,67 @@ class Detector(nn.Module, ABC):
         levels: Tensor | None = None,
         head: bool = True,
     ) -> Tensor:
-        """Object embeddings (B * K, D) of ``boxes`` (B, K, 4), xyxy in pixels of images of ``size`` (H, W)."""
+        """Ability ``pool``: (B * K, D) of ``boxes`` (B, K, 4), xyxy in pixels of images of ``size`` (H, W)."""
+        raise NotImplementedError
 
-    @abstractmethod
     def embed_width(self, neck: bool = True, head: bool = True) -> int:
         """D of :meth:`embed`."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        """The supervised loss, as named terms. Images (3, H, W) uint8 or float in [0, 1], sizes may differ."""
+    @property
+    def anchor_px(self) -> tuple[tuple[int, ...], ...]:
+        """Ability ``propose``: sides of the RPN's anchors on each map of :meth:`features`, px of its own input."""
+        raise NotImplementedError
 
-    @abstractmethod
-    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Per image: boxes (n, 4) xyxy in its own pixels, labels (n,), scores (n,) and, if any, masks (n, 1, H, W)."""
+    def rpn_loss(
+        self,
+        features: Features,
+        boxes: Sequence[Tensor],
+        size: tuple[int, int],
+        anchor_px: Sequence[Sequence[float]],
+    ) -> dict[str, Tensor]:
+        """Ability ``propose``: the RPN's loss where ``boxes`` are all there is to find; named terms.
+
+        Args:
+            features: from :meth:`features`.
+            boxes: (k, 4) xyxy px, one an image; k may be 0.
+            size: (H, W) of the images, px.
+            anchor_px: anchor sides on each map, as many as in :attr:`anchor_px`.
+        """
+        raise NotImplementedError
+
+    def rpn_boxes(
+        self, features: Features, size: tuple[int, int], anchor_px: Sequence[Sequence[float]], before: int, after: int
+    ) -> list[Tensor]:
+        """Ability ``propose``: at most ``after`` boxes (k, 4) xyxy px an image, from ``before`` a map before NMS."""
+        raise NotImplementedError
+
+    def projector(self, hidden: int, dim: int) -> nn.Module:
+        """Ability ``match``: what stands in the class layer's place, giving ``dim`` values a prediction."""
+        raise NotImplementedError
+
+    def match(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        targets: Sequence[Target],
+        projector: nn.Module,
+        most: int,
+        losses: bool = True,
+    ) -> Matched:
+        """Ability ``match``: the predictions that, by the detector's own rule, answer for the boxes in ``targets``.
+
+        Args:
+            images: (B, 3, H, W) uint8 or float in [0, 1], padded at the right and the bottom.
+            sizes: (B, 2) int64, height and width of each image without its padding, px.
+            targets: one an image: ``boxes`` (k, 4) xyxy px, k may be 0, and ``labels`` (k,).
+            projector: of :meth:`projector`.
+            most: predictions kept over the whole batch, drawn at random where there are more.
+            losses: off: ``Matched.losses`` stays empty.
+        """
+        raise NotImplementedError
+
+    # ---- weights --------------------------------------------------------------------------------------------------
 
     def plain_code(self) -> str | None:
         """Python code that builds ``module`` with the library alone, or None where Headstart did not build it."""
@@ -96,8 +190,12 @@ class Detector(nn.Module, ABC):
 
     def part_state(self, parts: Sequence[str]) -> dict[str, Tensor]:
         """The state of some ``parts``, under the key names of ``module.state_dict()``."""
-        prefixes = tuple(self.prefixes[part] for part in parts)
+        prefixes = tuple(prefix for part in parts for prefix in self.prefixes[part])
         return {k: v for k, v in self.module.state_dict().items() if k.startswith(prefixes)}
+
+    def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The weights of a related detector under this one's key names, and in words what was moved where."""
+        return dict(state), []
 
 
 def as_float(images: Tensor) -> Tensor:

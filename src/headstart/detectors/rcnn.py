@@ -8,37 +8,37 @@ layers): same parameter names, same shapes.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torchvision
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection import FasterRCNN, MaskRCNN
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RPNHead
-from torchvision.models.resnet import ResNet
-from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, concat_box_prediction_layers
+from torchvision.ops import roi_align
 from typing_extensions import Self
 
 from headstart import distributed
-from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
+from headstart.detectors import backbones
+from headstart.detectors.builders.rcnn import rcnn, rcnn_c4
+from headstart.detectors.detector import DetectorSettings, Features, Matched, Target
+from headstart.detectors.plain_code import Call
+from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at_most, image_list
 from headstart.errors import SettingsError
 
 
-class RCNNSettings(DetectorSettings):
+class RCNNSettings(PyramidSettings):
     name: Literal["faster_rcnn", "mask_rcnn"] = Field("faster_rcnn", description="detector family")
     neck: Literal["fpn", "c4"] = Field(
         "fpn", description="fpn: pyramid P2..P5; c4: one map, the backbone's 5th block is the head"
     )
-    fpn_channels: int = Field(256, ge=1, description="channels of every pyramid level and head convolution")
     head: Literal["4conv1fc", "2fc"] = Field(
         "4conv1fc",
         description="box head: 4conv1fc (torchvision's v2 models, SoCo) or 2fc (torchvision's first models)",
@@ -47,10 +47,6 @@ class RCNNSettings(DetectorSettings):
         None, description="batch norm after the FPN's convolutions; unset: bn with 4conv1fc, none with 2fc"
     )
     head_width: int = Field(1024, ge=1, description="width of the box head's fully connected layers")
-    short_side_px: int | list[int] = Field(
-        800, description="images are resized to this short side, px; several: drawn at random in training"
-    )
-    long_side_px: int = Field(1333, description="and to at most this long side, px")
     anchor_px: list[int] = Field(
         [32, 64, 128, 256, 512],
         description="anchor sides, px; one a pyramid level, the last on the pooled level",
@@ -58,8 +54,6 @@ class RCNNSettings(DetectorSettings):
     rois_train: int = Field(512, ge=1, description="boxes an image the box head is trained on")
     proposals_train: int = Field(2000, ge=1, description="boxes an image the RPN hands on in training")
     proposals_test: int = Field(1000, ge=1, description="boxes an image the RPN hands on in evaluation")
-    image_mean: list[float] = Field([0.485, 0.456, 0.406], description="RGB mean, in [0, 1]")
-    image_std: list[float] = Field([0.229, 0.224, 0.225], description="RGB standard deviation, in [0, 1]")
 
     @model_validator(mode="after")
     def _one_anchor_size_a_level(self) -> Self:
@@ -67,9 +61,37 @@ class RCNNSettings(DetectorSettings):
             raise ValueError("anchor_px: an FPN has 5 levels (P2..P5 and one pooled), so it takes 5 sides")
         return self
 
+    @property
+    def has_fpn_norm(self) -> bool:
+        return self.head == "4conv1fc" if self.fpn_norm is None else self.fpn_norm == "bn"
 
-class RCNN(Detector):
+    def call(self) -> Call:
+        """
+        Raises:
+            SettingsError: C4 with a backbone that is not a torchvision ResNet.
+        """
+        arguments: dict[str, Any] = {
+            "num_classes": (self.num_classes or 90) + 1,  # torchvision counts the background
+            "anchor_px": self.anchor_px,
+            "masks": self.name == "mask_rcnn",
+            **self.transform_arguments(),
+            "box_batch_size_per_image": self.rois_train,
+            "rpn_post_nms_top_n_train": self.proposals_train,
+            "rpn_post_nms_top_n_test": self.proposals_test,
+        }
+        if self.neck == "c4":
+            if self.backbone not in backbones.resnets():
+                raise SettingsError(
+                    f"--backbone {self.backbone}: detector.neck=c4 needs one of {', '.join(backbones.resnets())}"
+                )
+            return Call(rcnn_c4, {"name": self.backbone, **arguments})
+        head = {"head": self.head, "head_width": self.head_width}
+        return Call(rcnn, {"backbone": self.backbone_call(), **head, **arguments})
+
+
+class RCNN(TorchvisionDetector):
     family = "rcnn"
+    abilities = frozenset({"pool", "propose", "match"})
     settings_type = RCNNSettings
     module: FasterRCNN
 
@@ -77,51 +99,39 @@ class RCNN(Detector):
     def build(cls, settings: DetectorSettings) -> RCNN:
         """
         Raises:
-            SettingsError: the backbone is not a torchvision ResNet.
+            SettingsError: the backbone is not known.
         """
         if not isinstance(settings, RCNNSettings):
             raise SettingsError(f"{settings.name}: expected RCNNSettings")
-        module = _c4(settings) if settings.neck == "c4" else _fpn(settings)
-        return cls(module, settings)
+        call = settings.call()
+        return cls(call(), settings, call)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         return isinstance(module, FasterRCNN)  # MaskRCNN is a subclass
 
     @property
-    def parts(self) -> Mapping[str, nn.Module]:
-        return {name: self.module.get_submodule(prefix.rstrip(".")) for name, prefix in self.prefixes.items()}
-
-    @property
-    def prefixes(self) -> Mapping[str, str]:
-        if isinstance(self.module.backbone, BackboneWithFPN):
-            prefixes = {"backbone": "backbone.body.", "neck": "backbone.fpn."}
-        else:
-            prefixes = {"backbone": "backbone."}
-        prefixes |= {"rpn": "rpn.", "head": "roi_heads.box_head.", "predictor": "roi_heads.box_predictor."}
+    def prefixes(self) -> Mapping[str, tuple[str, ...]]:
+        predictor = "roi_heads.box_predictor."
+        prefixes = {
+            **super().prefixes,
+            "rpn": ("rpn.",),
+            "head": ("roi_heads.box_head.",),
+            "classifier": (f"{predictor}cls_score.",),
+            "regressor": (f"{predictor}bbox_pred.",),
+        }
         if isinstance(self.module, MaskRCNN):
-            prefixes |= {"mask_head": "roi_heads.mask_head.", "mask_predictor": "roi_heads.mask_predictor."}
+            prefixes |= {"mask_head": ("roi_heads.mask_head.",), "mask_predictor": ("roi_heads.mask_predictor.",)}
         return prefixes
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """``(images - mean) / std`` of images in [0, 1], as the detector's own transform; uint8 counts to 255."""
-        transform = self.module.transform
-        top = 255.0 if images.dtype == torch.uint8 else 1.0
-        mean, scale = _pixel_statistics(tuple(transform.image_mean), tuple(transform.image_std), top, images.device)
-        # One copy, then in place: a quarter of the time of as many new tensors.
-        copy = images.to(torch.float32) if images.dtype == torch.uint8 else images.clone()
-        return copy.sub_(mean).mul_(scale)
+    @property
+    def box_head(self) -> nn.Module:
+        return self.module.roi_heads.box_head
 
     def features(self, images: Tensor, neck: bool = True) -> Features:
         """P2..P5 (stride 4 to 32); C4 detectors: one map. ``neck=False``: the backbone's last map alone."""
-        images = self.normalise(images)
-        backbone = self.module.backbone
-        if isinstance(backbone, BackboneWithFPN) and not neck:
-            name, last = list(backbone.body(images).items())[-1]
-            return {name: last}
-        features = backbone(images)
-        features = {"0": features} if isinstance(features, Tensor) else features
-        return {name: features[name] for name in self._pooled_levels(features)}
+        maps = super().features(images, neck)
+        return maps if not neck else {name: maps[name] for name in self._pooled_levels(maps)}
 
     def _pooled_levels(self, features: Features) -> list[str]:
         """The levels boxes are pooled from: not the extra one (P6, "pool") that only the RPN sees."""
@@ -168,17 +178,13 @@ class RCNN(Detector):
             # Batch norms over all processes meet on that way too, so all have to leave out the same levels.
             anywhere = distributed.mean(counts) if torch.is_grad_enabled() else counts
             here, there = torch.stack([counts, anywhere]).tolist()  # the only wait for the device
-            used = [level for level, n in enumerate(there) if n or not self._has_fpn or not any(there)]
+            used = [level for level, n in enumerate(there) if n or not self.has_fpn or not any(there)]
             pieces = rois[order].split([int(n) for n in here])
             pooled = torch.cat([roi_align(maps[i], pieces[i], pooled_px, scales[i], ratio, aligned=True) for i in used])
             pooled = pooled[order.argsort()]
             if torch.is_grad_enabled() and len(used) < len(maps):
                 pooled = pooled + self._nothing_from_levels_but(used)
-        return self.module.roi_heads.box_head(pooled) if head else pooled.mean(dim=(2, 3))
-
-    @property
-    def _has_fpn(self) -> bool:
-        return isinstance(self.module.backbone, BackboneWithFPN)
+        return self.box_head(pooled) if head else pooled.mean(dim=(2, 3))
 
     def _nothing_from_levels_but(self, used: Sequence[int]) -> Tensor:
         """Zero, with the layers that only lead to other levels in its graph.
@@ -204,195 +210,157 @@ class RCNN(Detector):
         finally:
             self.module.train(training)
 
-    def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
-        return self.module([as_float(image) for image in images], list(targets))
+    # ---- RPN ------------------------------------------------------------------------------------------------------
 
-    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        return self.module([as_float(image) for image in images])
+    @property
+    def anchor_px(self) -> tuple[tuple[int, ...], ...]:
+        sizes = self.module.rpn.anchor_generator.sizes
+        pooled = len(self.module.roi_heads.box_roi_pool.featmap_names) if self.has_fpn else 1
+        return tuple(tuple(level) for level in sizes[:pooled])
 
-    def plain_code(self) -> str | None:
-        return _plain_code(self.settings) if isinstance(self.settings, RCNNSettings) else None
+    def _rpn(self, anchor_px: Sequence[Sequence[float]], before: int = 0, after: int = 0) -> RegionProposalNetwork:
+        """The detector's RPN layers on other anchors, with Faster R-CNN's thresholds."""
+        ratios = self.module.rpn.anchor_generator.aspect_ratios[: len(anchor_px)]
+        counts = [{"training": n, "testing": n} for n in (before, after)]
+        return RegionProposalNetwork(
+            AnchorGenerator(tuple(tuple(level) for level in anchor_px), ratios),
+            self.module.rpn.head,
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n=counts[0],
+            post_nms_top_n=counts[1],
+            nms_thresh=0.7,
+        )
+
+    def rpn_loss(
+        self,
+        features: Features,
+        boxes: Sequence[Tensor],
+        size: tuple[int, int],
+        anchor_px: Sequence[Sequence[float]],
+    ) -> dict[str, Tensor]:
+        """ADePT Eq. 1: 256 anchors an image, up to half of them positive; smooth L1 with torchvision's beta of 1/9.
+
+        An anchor is positive where its IoU with a box is the box's highest, or at least .7; negative below .3.
+        """
+        rpn = self._rpn(anchor_px)
+        maps = list(features.values())
+        images = ImageList(maps[0].new_empty(0, 3, *size), [size] * len(boxes))
+        outputs = rpn.head(maps)
+        anchors = rpn.anchor_generator(images, maps)
+        return _rpn_losses(rpn, *concat_box_prediction_layers(*outputs), anchors, boxes)
+
+    @torch.no_grad()
+    def rpn_boxes(
+        self, features: Features, size: tuple[int, int], anchor_px: Sequence[Sequence[float]], before: int, after: int
+    ) -> list[Tensor]:
+        rpn = self._rpn(anchor_px, before, after)
+        rpn.training = False  # of its own: its layers are the detector's, and stay in their mode
+        first = next(iter(features.values()))
+        boxes, _ = rpn(ImageList(first.new_empty(0, 3, *size), [size] * len(first)), features)
+        return boxes
+
+    # ---- matching -------------------------------------------------------------------------------------------------
+
+    def projector(self, hidden: int, dim: int) -> nn.Module:
+        """AlignDet's for regions: linear, ReLU, linear."""
+        width = self.parts["classifier"].in_features
+        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
+
+    def match(
+        self,
+        images: Tensor,
+        sizes: Tensor,
+        targets: Sequence[Target],
+        projector: nn.Module,
+        most: int,
+        losses: bool = True,
+    ) -> Matched:
+        """The RPN's boxes, and the targets themselves, whose IoU with a target is at least .5 (torchvision's rule).
+
+        All boxes count as of one class: the box layer's columns of class 1 are the class-agnostic ones.
+        """
+        heads = self.module.roi_heads
+        maps, rois, found = self.regions(images, sizes, targets, losses)
+        rois, matched = positives(heads, rois, targets, most)
+        shapes = image_list(images, sizes).image_sizes
+        hidden = self.box_head(heads.box_roi_pool(maps, stand_in(rois, sizes), shapes))
+        hidden = hidden[: sum(len(r) for r in rois)]
+        if losses:
+            deltas = heads.box_predictor.bbox_pred(hidden)[:, 4:8]
+            found["boxes"] = box_loss(heads.box_coder, deltas, rois, matched, targets)
+        image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matched)])
+        return Matched(projector(hidden), image, torch.cat(matched), found)
+
+    def regions(
+        self, images: Tensor, sizes: Tensor, targets: Sequence[Target], losses: bool
+    ) -> tuple[Features, list[Tensor], dict[str, Tensor]]:
+        """The maps, the RPN's own boxes of each image, and the RPN's losses."""
+        rpn, listed = self.module.rpn, image_list(self.normalise(images, sizes), sizes)
+        maps = self.module.backbone(listed.tensors)
+        maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        objectness, deltas = rpn.head(list(maps.values()))
+        anchors = rpn.anchor_generator(listed, list(maps.values()))
+        counts = [map_[0].numel() for map_ in objectness]
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = rpn.box_coder.decode(deltas.detach().float(), anchors).view(len(images), -1, 4)
+        boxes, _ = rpn.filter_proposals(boxes, objectness.float(), listed.image_sizes, counts)
+        found = _rpn_losses(rpn, objectness, deltas, anchors, [t["boxes"] for t in targets]) if losses else {}
+        return maps, boxes, found
 
 
-@functools.lru_cache(maxsize=16)
-def _pixel_statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], top: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(mean, 1 / std), each (3, 1, 1), of pixels in [0, ``top``]. Kept, since each copy to a device waits for it."""
-    with torch.inference_mode(False):
-        values = torch.tensor([[m * top for m in mean], [1 / (s * top) for s in std]], device=device)
-    return values[0, :, None, None], values[1, :, None, None]
+def _rpn_losses(
+    rpn: RegionProposalNetwork, objectness: Tensor, deltas: Tensor, anchors: list[Tensor], boxes: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    labels, matched = rpn.assign_targets_to_anchors(anchors, [{"boxes": b} for b in boxes])
+    with torch.autocast(deltas.device.type, enabled=False):
+        regression = rpn.box_coder.encode(matched, anchors)
+        losses = rpn.compute_loss(objectness.float(), deltas.float(), labels, regression)
+    return dict(zip(("rpn_objectness", "rpn_boxes"), losses, strict=True))
+
+
+def positives(
+    heads: RoIHeads, rois: Sequence[Tensor], targets: Sequence[Target], most: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of ``rois`` and the targets' own boxes, those that answer for a box by the heads' own rule.
+
+    Returns:
+        Per image: rois (n, 4), and the index (n,) of the box each answers for; at most ``most`` over all images.
+    """
+    boxes = [target["boxes"].float() for target in targets]
+    rois = heads.add_gt_proposals(list(rois), boxes)
+    matched, labels = heads.assign_targets_to_proposals(rois, boxes, [torch.ones_like(b[:, 0]).long() for b in boxes])
+    found = [(label > 0).nonzero().squeeze(1) for label in labels]
+    chosen = at_most(sum(len(f) for f in found), most, rois[0].device)
+    starts = torch.tensor([0, *[len(f) for f in found]]).cumsum(0).tolist()
+    kept = [f[chosen[(chosen >= a) & (chosen < b)] - a] for f, a, b in zip(found, starts, starts[1:], strict=False)]
+    return [r[k] for r, k in zip(rois, kept, strict=True)], [m[k] for m, k in zip(matched, kept, strict=True)]
+
+
+def stand_in(rois: list[Tensor], sizes: Tensor) -> list[Tensor]:
+    """``rois``; where all are empty, one whole image.
+
+    So that batch norm has something to see, every layer has a gradient, and processes that meet in a layer all come
+    to it. What the layers say of the stand-in is dropped.
+    """
+    if any(len(r) for r in rois):
+        return rois
+    height, width = sizes[0].tolist()
+    return [rois[0].new_tensor([[0, 0, width, height]]), *rois[1:]]
+
+
+def box_loss(
+    coder: BoxCoder, deltas: Tensor, rois: list[Tensor], matched: list[Tensor], targets: Sequence[Target]
+) -> Tensor:
+    """Smooth L1 (beta 1/9, as torchvision) of ``deltas`` (M, 4) from rois to the boxes they answer for, mean over M."""
+    goals = [target["boxes"][index] for target, index in zip(targets, matched, strict=True)]
+    wanted = torch.cat(coder.encode(goals, rois))
+    return F.smooth_l1_loss(deltas.float(), wanted, beta=1 / 9, reduction="sum") / max(1, len(deltas))
 
 
 def fpn_levels(boxes: Tensor) -> Tensor:
     """Level index 0..3 (P2..P5) of ``boxes`` (..., 4): ``floor(4 + log2(sqrt(wh) / 224)) - 2``, FPN's Eq. 1."""
     sides = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1).sqrt()
     return (torch.floor(4 + torch.log2(sides / 224 + 1e-6)) - 2).clamp(0, 3).long()
-
-
-def _resnet(settings: RCNNSettings) -> ResNet:
-    names = torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
-    if settings.backbone not in names:
-        raise SettingsError(f"--backbone {settings.backbone}: not known; choose one of {', '.join(names)}")
-    return torchvision.models.get_model(settings.backbone, weights=None)
-
-
-def _fpn_has_norm(settings: RCNNSettings) -> bool:
-    if settings.fpn_norm is None:
-        return settings.head == "4conv1fc"
-    return settings.fpn_norm == "bn"
-
-
-def _common(settings: RCNNSettings) -> dict:
-    return {
-        "min_size": settings.short_side_px,
-        "max_size": settings.long_side_px,
-        "image_mean": settings.image_mean,
-        "image_std": settings.image_std,
-        "box_batch_size_per_image": settings.rois_train,
-        "rpn_post_nms_top_n_train": settings.proposals_train,
-        "rpn_post_nms_top_n_test": settings.proposals_test,
-    }
-
-
-def _fpn(settings: RCNNSettings) -> FasterRCNN:
-    v2 = settings.head == "4conv1fc"
-    norm = nn.BatchNorm2d if v2 else None
-    fpn_norm = nn.BatchNorm2d if _fpn_has_norm(settings) else None
-    resnet = _resnet(settings)
-    widths = [resnet.inplanes // 8 * 2**stage for stage in range(4)]
-    layers = {f"layer{stage + 1}": str(stage) for stage in range(4)}
-    channels = settings.fpn_channels
-    backbone = BackboneWithFPN(resnet, layers, widths, channels, norm_layer=fpn_norm)
-    anchors = AnchorGenerator(
-        tuple((side,) for side in settings.anchor_px), ((0.5, 1.0, 2.0),) * len(settings.anchor_px)
-    )
-    rpn_head = RPNHead(channels, anchors.num_anchors_per_location()[0], conv_depth=2 if v2 else 1)
-    box_head: nn.Module
-    if v2:
-        box_head = FastRCNNConvFCHead(
-            (channels, 7, 7), [channels] * 4, [settings.head_width], norm_layer=nn.BatchNorm2d
-        )
-    else:
-        box_head = TwoMLPHead(channels * 7**2, settings.head_width)
-    classes = (settings.num_classes or 90) + 1  # torchvision counts the background
-    predictor = FastRCNNPredictor(settings.head_width, classes)
-    parts = {"rpn_anchor_generator": anchors, "rpn_head": rpn_head, "box_head": box_head}
-    parts["box_predictor"] = predictor
-    if settings.name == "mask_rcnn":
-        mask_head = MaskRCNNHeads(channels, [channels] * 4, 1, norm_layer=norm)
-        mask_predictor = MaskRCNNPredictor(channels, channels, classes)
-        return MaskRCNN(backbone, mask_head=mask_head, mask_predictor=mask_predictor, **parts, **_common(settings))
-    return FasterRCNN(backbone, **parts, **_common(settings))
-
-
-def _c4(settings: RCNNSettings) -> FasterRCNN:
-    resnet = _resnet(settings)
-    layer4, width = resnet.layer4, resnet.inplanes
-    backbone = IntermediateLayerGetter(resnet, {"layer3": "0"})
-    backbone.out_channels = width // 2
-    anchors = AnchorGenerator((tuple(settings.anchor_px),), ((0.5, 1.0, 2.0),))
-    classes = (settings.num_classes or 90) + 1
-    parts = {
-        "rpn_anchor_generator": anchors,
-        "rpn_head": RPNHead(width // 2, anchors.num_anchors_per_location()[0]),
-        "box_roi_pool": MultiScaleRoIAlign(["0"], 14, 2),
-        "box_head": nn.Sequential(layer4, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        "box_predictor": FastRCNNPredictor(width, classes),
-    }
-    if settings.name == "mask_rcnn":  # boxes and masks share the 5th block, as in detectron2's C4 models
-        return MaskRCNN(
-            backbone,
-            mask_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
-            mask_head=nn.Sequential(layer4),
-            mask_predictor=MaskRCNNPredictor(width, 256, classes),
-            **parts,
-            **_common(settings),
-        )
-    return FasterRCNN(backbone, **parts, **_common(settings))
-
-
-def _plain_code(s: RCNNSettings) -> str:
-    """The same module from torchvision alone. ``tests/detectors`` runs this text and compares the two."""
-    mask = s.name == "mask_rcnn"
-    cls = "MaskRCNN" if mask else "FasterRCNN"
-    classes = (s.num_classes or 90) + 1
-    sizes = f"min_size={s.short_side_px}, max_size={s.long_side_px}"
-    stats = f"image_mean={s.image_mean}, image_std={s.image_std}"
-    counts = (
-        f"box_batch_size_per_image={s.rois_train}, rpn_post_nms_top_n_train={s.proposals_train}, "
-        f"rpn_post_nms_top_n_test={s.proposals_test}"
-    )
-    lines = [
-        "from torch import nn",
-        "from torchvision.models import get_model",
-        f"from torchvision.models.detection import {cls}",
-        "from torchvision.models.detection.anchor_utils import AnchorGenerator",
-        "from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead",
-        "from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor",
-        "from torchvision.models.detection.rpn import RPNHead",
-        "",
-        f"num_classes = {classes}  # background included",
-        f'resnet = get_model("{s.backbone}", weights=None)',
-        "width = resnet.inplanes",
-    ]
-    if s.neck == "c4":
-        lines += [
-            "from torchvision.models._utils import IntermediateLayerGetter",
-            "from torchvision.ops import MultiScaleRoIAlign",
-            "layer4 = resnet.layer4",
-            'backbone = IntermediateLayerGetter(resnet, {"layer3": "0"})',
-            "backbone.out_channels = width // 2",
-            f"anchors = AnchorGenerator(({tuple(s.anchor_px)},), ((0.5, 1.0, 2.0),))",
-            "parts = dict(",
-            "    rpn_anchor_generator=anchors,",
-            "    rpn_head=RPNHead(width // 2, anchors.num_anchors_per_location()[0]),",
-            '    box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),',
-            "    box_head=nn.Sequential(layer4, nn.AdaptiveAvgPool2d(1), nn.Flatten()),",
-            "    box_predictor=FastRCNNPredictor(width, num_classes),",
-            ")",
-        ]
-        if mask:
-            lines += [
-                'parts["mask_roi_pool"] = MultiScaleRoIAlign(["0"], 14, 2)',
-                'parts["mask_head"] = nn.Sequential(layer4)',
-                'parts["mask_predictor"] = MaskRCNNPredictor(width, 256, num_classes)',
-            ]
-    else:
-        v2 = s.head == "4conv1fc"
-        norm = "nn.BatchNorm2d" if v2 else "None"
-        fpn_norm = "nn.BatchNorm2d" if _fpn_has_norm(s) else "None"
-        c, w = s.fpn_channels, s.head_width
-        anchors = tuple((side,) for side in s.anchor_px)
-        box_head = (
-            f"FastRCNNConvFCHead(({c}, 7, 7), [{c}] * 4, [{w}], norm_layer=nn.BatchNorm2d)"
-            if v2
-            else f"TwoMLPHead({c} * 7 * 7, {w})"
-        )
-        lines += [
-            "from torchvision.models.detection.backbone_utils import BackboneWithFPN",
-            'layers = {f"layer{i + 1}": str(i) for i in range(4)}',
-            "widths = [width // 8 * 2**i for i in range(4)]",
-            f"backbone = BackboneWithFPN(resnet, layers, widths, {c}, norm_layer={fpn_norm})",
-            f"anchors = AnchorGenerator({anchors}, ((0.5, 1.0, 2.0),) * {len(anchors)})",
-            "parts = dict(",
-            "    rpn_anchor_generator=anchors,",
-            f"    rpn_head=RPNHead({c}, anchors.num_anchors_per_location()[0], conv_depth={2 if v2 else 1}),",
-            f"    box_head={box_head},",
-            f"    box_predictor=FastRCNNPredictor({w}, num_classes),",
-            ")",
-        ]
-        if mask:
-            lines += [
-                f'parts["mask_head"] = MaskRCNNHeads({c}, [{c}] * 4, 1, norm_layer={norm})',
-                f'parts["mask_predictor"] = MaskRCNNPredictor({c}, {c}, num_classes)',
-            ]
-    lines += [
-        f"detector = {cls}(",
-        f"    backbone, {sizes},",
-        f"    {stats},",
-        f"    {counts},",
-        "    **parts,",
-        ")",
-    ]
-    return "\n".join(lines) + "\n"

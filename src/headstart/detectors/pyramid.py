@@ -1,0 +1,158 @@
+"""What torchvision's detectors share: an input transform, a backbone, mostly with a feature pyramid."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.image_list import ImageList
+
+from headstart.detectors import backbones
+from headstart.detectors.builders.backbones import Pyramid
+from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
+from headstart.detectors.plain_code import Call, plain_code
+
+
+class PyramidSettings(DetectorSettings):
+    fpn_channels: int = Field(256, ge=1, description="channels of every pyramid level")
+    fpn_norm: Literal["bn", "none"] | None = Field(
+        None, description="batch norm after the FPN's convolutions; unset: as torchvision's model"
+    )
+    short_side_px: int | list[int] = Field(
+        800, description="images are resized to this short side, px; several: drawn at random in training"
+    )
+    long_side_px: int = Field(1333, description="and to at most this long side, px")
+    image_mean: list[float] = Field([0.485, 0.456, 0.406], description="RGB mean, in [0, 1]")
+    image_std: list[float] = Field([0.229, 0.224, 0.225], description="RGB standard deviation, in [0, 1]")
+
+    @property
+    def has_fpn_norm(self) -> bool:
+        return self.fpn_norm == "bn"
+
+    def shared(self) -> dict[str, Any]:
+        names = ("backbone", "fpn_channels", "short_side_px", "long_side_px", "image_mean", "image_std")
+        return {name: getattr(self, name) for name in names} | {"fpn_norm": "bn" if self.has_fpn_norm else "none"}
+
+    def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5), extra_blocks: Call | None = None) -> Call:
+        """The backbone's maps C2 .. C5, those in ``stages``, and the pyramid on them."""
+        arguments: dict[str, Any] = {"body": backbones.body(self.backbone, stages), "channels": self.fpn_channels}
+        arguments["norm"] = self.has_fpn_norm
+        if extra_blocks is not None:
+            arguments["extra_blocks"] = extra_blocks
+        return Call(Pyramid, arguments)
+
+    def transform_arguments(self) -> dict[str, Any]:
+        return {
+            "min_size": self.short_side_px,
+            "max_size": self.long_side_px,
+            "image_mean": self.image_mean,
+            "image_std": self.image_std,
+        }
+
+
+class TorchvisionDetector(Detector):
+    """``module`` has torchvision's ``transform``, ``backbone`` and calling convention.
+
+    Attributes:
+        call: how Headstart built ``module``; None for a user's own object.
+    """
+
+    def __init__(self, module: nn.Module, settings: DetectorSettings | None, call: Call | None = None) -> None:
+        super().__init__(module, settings)
+        self.call = call
+
+    @property
+    def has_fpn(self) -> bool:
+        return isinstance(self.module.backbone, BackboneWithFPN)
+
+    @property
+    def prefixes(self) -> Mapping[str, tuple[str, ...]]:
+        if self.has_fpn:
+            return {"backbone": ("backbone.body.",), "neck": ("backbone.fpn.",)}
+        return {"backbone": ("backbone.",)}
+
+    def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """``(images - mean) / std`` of images in [0, 1], as the detector's own transform; uint8 counts to 255.
+
+        ``sizes`` (B, 2), height and width: what is beyond them becomes 0, as in the detector's own batches.
+        """
+        transform = self.module.transform
+        top = 255.0 if images.dtype == torch.uint8 else 1.0
+        mean, scale = _pixel_statistics(tuple(transform.image_mean), tuple(transform.image_std), top, images.device)
+        # One copy, then in place: a quarter of the time of as many new tensors.
+        copy = images.to(torch.float32) if images.dtype == torch.uint8 else images.clone()
+        copy.sub_(mean).mul_(scale)
+        if sizes is not None:
+            for image, (height, width) in zip(copy, sizes.tolist(), strict=True):
+                image[:, height:] = 0
+                image[:, :, width:] = 0
+        return copy
+
+    def maps(self, images: Tensor, sizes: Tensor | None = None) -> Features:
+        """All maps the detector itself works on."""
+        maps = self.module.backbone(self.normalise(images, sizes))
+        return {"0": maps} if isinstance(maps, Tensor) else maps
+
+    def features(self, images: Tensor, neck: bool = True) -> Features:
+        if self.has_fpn and not neck:
+            name, last = list(self.module.backbone.body(self.normalise(images)).items())[-1]
+            return {name: last}
+        return self.maps(images)
+
+    def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        return self.module([as_float(image) for image in images], list(targets))
+
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        return self.module([as_float(image) for image in images])
+
+    def plain_code(self) -> str | None:
+        return None if self.call is None else plain_code(self.call)
+
+    def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Pyramids of another number of levels: both count from C5, the coarsest, which all have."""
+        block = re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.)(\d+)(\..*)")
+        found = {int(m[2]) for key in state if (m := block.fullmatch(key))}
+        if not found or not self.has_fpn:
+            return dict(state), []
+        theirs, ours = max(found) + 1, len(self.module.backbone.fpn.inner_blocks)
+        if theirs == ours:
+            return dict(state), []
+        adapted = {}
+        for key, value in state.items():
+            m = block.fullmatch(key)
+            level = int(m[2]) + ours - theirs if m else 0
+            if m is None:
+                adapted[key] = value
+            elif level >= 0:
+                adapted[f"{m[1]}{level}{m[3]}"] = value
+            else:
+                adapted[f"{key} (a finer level than any here)"] = value
+        return adapted, [f"FPN blocks moved by {ours - theirs}: {theirs} levels up to C5 in the file, {ours} here"]
+
+
+def image_list(tensors: Tensor, sizes: Tensor | None) -> ImageList:
+    shapes = [(tensors.shape[-2], tensors.shape[-1])] * len(tensors) if sizes is None else sizes.tolist()
+    return ImageList(tensors, [(int(height), int(width)) for height, width in shapes])
+
+
+def at_most(count: int, most: int, device: torch.device) -> Tensor:
+    """Indices of ``min(count, most)`` out of ``count``, in order, drawn at random where some are left out."""
+    if count <= most:
+        return torch.arange(count, device=device)
+    return torch.randperm(count, device=device)[:most].sort().values
+
+
+@functools.lru_cache(maxsize=16)
+def _pixel_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], top: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(mean, 1 / std), each (3, 1, 1), of pixels in [0, ``top``]. Kept, since each copy to a device waits for it."""
+    with torch.inference_mode(False):
+        values = torch.tensor([[m * top for m in mean], [1 / (s * top) for s in std]], device=device)
+    return values[0, :, None, None], values[1, :, None, None]
