@@ -85,11 +85,12 @@ def test_gradients_of_two_processes_equal_one_in_double(tmp_path):
         tmp_path,
         """
 import numpy as np, torch, torch.distributed as dist
+from dataclasses import replace
 from torch.nn.parallel import DistributedDataParallel
 from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
 from headstart.distributed import synchronised_batch_norm
-from headstart.methods.method import ViewBatch, collate_views
+from headstart.methods.method import collate_views
 from headstart.methods.soco import SoCo, SoCoSettings
 from headstart.verbs.pretrain import Pretraining
 
@@ -110,12 +111,12 @@ shared, alone = build(), build()
 boxes = np.array([[4, 4, 40, 36], [20, 10, 60, 55], [0, 0, 64, 60], [30, 30, 60, 58]], np.float32)
 photos = [np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8) for i in range(4)]
 views = collate_views([alone.method.views(p, boxes, np.random.default_rng(i)) for i, p in enumerate(photos)])
-views = [ViewBatch(v.images.double() / 255, v.boxes.double(), v.ids) for v in views]
+views = [replace(v, images=v.images.double() / 255, boxes=v.boxes.double()) for v in views]
 alone(Batch(views))["align"].backward()
 mine = slice(2 * rank, 2 * rank + 2)
 with synchronised_batch_norm(shared, torch.device("cpu")):
     wrapped = DistributedDataParallel(shared)
-    half = Batch([ViewBatch(v.images[mine], v.boxes[mine], v.ids[mine]) for v in views])
+    half = Batch([replace(v, **{k: t[mine] for k, t in vars(v).items()}) for v in views])
     wrapped(half)["align"].backward()
 expected = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
 largest = max(float(grad.norm()) for grad in expected.values())

@@ -96,6 +96,35 @@ class _SumOverProcesses(torch.autograd.Function):
         return gradient
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of all processes, in rank order; the gradient of a row comes from all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        count = torch.tensor([len(rows)], device=rows.device)
+        counts = [torch.zeros_like(count) for _ in range(world())]
+        dist.all_gather(counts, count)
+        ctx.counts = [int(c) for c in counts]
+        # Processes may hold different numbers of rows; collectives want the same.
+        padded = rows.new_zeros(max(ctx.counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in range(world())]
+        dist.all_gather(gathered, padded)
+        return torch.cat([g[:n] for g, n in zip(gathered, ctx.counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        start = sum(ctx.counts[: rank()])
+        return gradient[start : start + ctx.counts[rank()]]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """``rows`` (n, ...) of all processes, one after the other; n may differ between them. Differentiable."""
+    return _Rows.apply(rows) if dist.is_initialized() else rows
+
+
 class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over all processes where torch's own SyncBatchNorm refuses: on CPU."""
 

@@ -14,6 +14,8 @@ from torch import nn
 from headstart.errors import SettingsError
 from headstart.settings import Settings
 
+DROPS = (2 / 3, 8 / 9)  # COCO's schedules
+
 
 class OptimSettings(Settings):
     optimizer: Literal["lars", "sgd", "adamw"] | None = Field(
@@ -31,10 +33,14 @@ class OptimSettings(Settings):
     warmup_epochs: float | None = Field(None, ge=0, description="linear warm-up, passes over the images")
     warmup_steps: int | None = Field(None, ge=0, description="linear warm-up, steps; wins over warmup_epochs")
     warmup_from: float = Field(0.001, ge=0, le=1, description="share of lr at the first warm-up step")
-    schedule: Literal["cosine", "steps", "constant"] = Field("cosine", description="what follows warm-up")
+    schedule: Literal["cosine", "steps", "constant"] | None = Field(
+        None, description="what follows warm-up: cosine, steps or constant; unset: as the method's paper"
+    )
     final_lr: float = Field(0.0, ge=0, description="share of lr at the end of the cosine")
-    drops: list[float] = Field(
-        [2 / 3, 8 / 9], description="schedule=steps: shares of the run after which lr drops by drop_factor"
+    drops: list[float] | None = Field(
+        None,
+        description="schedule=steps: shares of the run after which lr drops by drop_factor; unset: as the paper, or "
+        "2/3 and 8/9",
     )
     drop_factor: float = Field(0.1, gt=0, lt=1, description="schedule=steps: factor of each drop")
     clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unset: no clipping")
@@ -57,6 +63,10 @@ def settle_optim(
         said.append(f"optimiser {optim.optimizer} (--set optim.optimizer=lars|sgd|adamw)")
     if optim.weight_decay is None:
         optim.weight_decay = advised.weight_decay
+    if optim.schedule is None:
+        optim.schedule = advised.schedule or "cosine"
+    if optim.drops is None:
+        optim.drops = advised.drops or list(DROPS)
     if optim.lr is None:
         base, batch = optim.base_lr, optim.base_batch
         if base is None:
@@ -66,6 +76,9 @@ def settle_optim(
         assert base is not None
         optim.lr = base * batch_size / batch
         said.append(f"lr {optim.lr:.3g}: {base:g} x batch {batch_size} / {batch} (--set optim.lr)")
+    if optim.warmup_steps is None and optim.warmup_epochs is None and advised.warmup_steps is not None:
+        optim.warmup_steps = min(advised.warmup_steps, total_steps // 10)
+        said.append(f"warm-up {optim.warmup_steps} steps (--set optim.warmup_steps)")
     if optim.warmup_steps is None:
         epochs = optim.warmup_epochs if optim.warmup_epochs is not None else advised.warmup_epochs
         # The papers warm up for a tenth of a 100-epoch run; a short run never gets more than that either.
@@ -105,7 +118,7 @@ def build_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> to
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimSettings) -> float:
-    """The rate used by 0-based ``step``: linear warm-up, then cosine, steps or constant."""
+    """The rate used by 0-based ``step``: linear warm-up, then cosine (also where unset), steps or constant."""
     assert settings.lr is not None
     warmup = settings.warmup_steps or 0
     if step < warmup:
@@ -114,7 +127,7 @@ def learning_rate(step: int, total_steps: int, settings: OptimSettings) -> float
     if settings.schedule == "constant":
         return settings.lr
     if settings.schedule == "steps":
-        passed = sum(step >= round(drop * total_steps) for drop in settings.drops)
+        passed = sum(step >= round(drop * total_steps) for drop in settings.drops or DROPS)
         return settings.lr * settings.drop_factor**passed
     progress = (step - warmup) / max(1, total_steps - warmup)
     low = settings.final_lr

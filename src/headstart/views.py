@@ -35,11 +35,15 @@ class View:
         image: (H, W, 3) uint8 RGB.
         boxes: (n, 4) float32, xyxy in pixels of this view.
         ids: (n,) int64; equal id in two views of an image means the same object.
+        frame: (4,) float32 or None: where the left, upper, right and lower edge of the first view's image are, px of
+            this view. Beyond the view after a crop, left and right exchanged after a flip; so it tells where any
+            point of one view is in another. None: nobody asked.
     """
 
     image: np.ndarray
     boxes: np.ndarray
     ids: np.ndarray
+    frame: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -49,7 +53,7 @@ class View:
 
     def take(self, which: np.ndarray) -> View:
         """The same image, some of its boxes: ``which`` is a mask (n,) or indices (k,), repeats allowed."""
-        return View(self.image, self.boxes[which], self.ids[which])
+        return View(self.image, self.boxes[which], self.ids[which], self.frame)
 
 
 # ------------------------------------------------------------------------------------------------ geometry
@@ -109,9 +113,11 @@ def crop_and_resize(view: View, crop: tuple[int, int, int, int], size: tuple[int
     new_height, new_width = size
     x_scale, y_scale = new_width / (x1 - x0), new_height / (y1 - y0)
     # One offset and one factor for each of x, y, x, y: no loop over boxes.
-    boxes = view.boxes - np.array((x0, y0, x0, y0), np.float32)
-    boxes *= np.array((x_scale, y_scale, x_scale, y_scale), np.float32)
-    return View(_resized(view.image[y0:y1, x0:x1], size), _clip(boxes, new_height, new_width), view.ids)
+    offset = np.array((x0, y0, x0, y0), np.float32)
+    factor = np.array((x_scale, y_scale, x_scale, y_scale), np.float32)
+    boxes = (view.boxes - offset) * factor
+    frame = None if view.frame is None else (view.frame - offset) * factor
+    return View(_resized(view.image[y0:y1, x0:x1], size), _clip(boxes, new_height, new_width), view.ids, frame)
 
 
 def visible(boxes: np.ndarray, min_side_px: float = 1.0) -> np.ndarray:
@@ -125,7 +131,11 @@ def hflip(view: View) -> View:
     boxes = view.boxes.copy()
     boxes[:, 0] = width - view.boxes[:, 2]
     boxes[:, 2] = width - view.boxes[:, 0]
-    return View(cv2.flip(view.image, 1), boxes, view.ids)
+    frame = None
+    if view.frame is not None:
+        x0, y0, x1, y1 = view.frame
+        frame = np.array((width - x0, y0, width - x1, y1), np.float32)
+    return View(cv2.flip(view.image, 1), boxes, view.ids, frame)
 
 
 def jitter_boxes(

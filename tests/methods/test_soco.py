@@ -298,7 +298,8 @@ def test_an_fpn_without_batch_norm_is_pointed_out():
 
 def test_a_detector_without_a_box_head_is_refused():
     class Odd:
-        parts = ("backbone", "neck")
+        family = "odd"
+        abilities = frozenset({"match"})
 
     with pytest.raises(SettingsError, match="box head"):
         SoCo(SoCoSettings()).settle(Odd(), 10)

@@ -112,6 +112,11 @@ class Detector(nn.Module, ABC):
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         """Per image: boxes (n, 4) xyxy in its own pixels, labels (n,), scores (n,) and, if any, masks (n, 1, H, W)."""
 
+    @property
+    @abstractmethod
+    def input_px(self) -> tuple[int, int]:
+        """Largest short side, and longest side, that images are resized to before the backbone sees them, px."""
+
     # ---- abilities ------------------------------------------------------------------------------------------------
 
     def embed(

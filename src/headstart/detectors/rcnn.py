@@ -9,8 +9,9 @@ layers): same parameter names, same shapes.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +35,9 @@ from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at
 from headstart.errors import SettingsError
 
 
-class RCNNSettings(PyramidSettings):
-    name: Literal["faster_rcnn", "mask_rcnn"] = Field("faster_rcnn", description="detector family")
-    neck: Literal["fpn", "c4"] = Field(
-        "fpn", description="fpn: pyramid P2..P5; c4: one map, the backbone's 5th block is the head"
-    )
+class RegionSettings(PyramidSettings):
+    """What all detectors share that look again at the boxes of an RPN, on a pyramid."""
+
     head: Literal["4conv1fc", "2fc"] = Field(
         "4conv1fc",
         description="box head: 4conv1fc (torchvision's v2 models, SoCo) or 2fc (torchvision's first models)",
@@ -57,42 +56,70 @@ class RCNNSettings(PyramidSettings):
 
     @model_validator(mode="after")
     def _one_anchor_size_a_level(self) -> Self:
-        if self.neck == "fpn" and len(self.anchor_px) != 5:
+        if self.on_pyramid and len(self.anchor_px) != 5:
             raise ValueError("anchor_px: an FPN has 5 levels (P2..P5 and one pooled), so it takes 5 sides")
         return self
 
     @property
+    def on_pyramid(self) -> bool:
+        return True
+
+    @property
     def has_fpn_norm(self) -> bool:
         return self.head == "4conv1fc" if self.fpn_norm is None else self.fpn_norm == "bn"
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that all builders take."""
+        return {
+            "num_classes": (self.num_classes or 90) + 1,  # torchvision counts the background
+            "anchor_px": self.anchor_px,
+            **self.transform_arguments(),
+            "box_batch_size_per_image": self.rois_train,
+            "rpn_post_nms_top_n_train": self.proposals_train,
+            "rpn_post_nms_top_n_test": self.proposals_test,
+        }
+
+    def pyramid_arguments(self) -> dict[str, Any]:
+        """Those of builders on a pyramid."""
+        return {"backbone": self.backbone_call(), "head": self.head, "head_width": self.head_width}
+
+    @abstractmethod
+    def call(self) -> Call:
+        """
+        Raises:
+            SettingsError: the backbone is not known, or does not go with the rest.
+        """
+
+
+class RCNNSettings(RegionSettings):
+    name: Literal["faster_rcnn", "mask_rcnn"] = Field("faster_rcnn", description="detector family")
+    neck: Literal["fpn", "c4"] = Field(
+        "fpn", description="fpn: pyramid P2..P5; c4: one map, the backbone's 5th block is the head"
+    )
+
+    @property
+    def on_pyramid(self) -> bool:
+        return self.neck == "fpn"
 
     def call(self) -> Call:
         """
         Raises:
             SettingsError: C4 with a backbone that is not a torchvision ResNet.
         """
-        arguments: dict[str, Any] = {
-            "num_classes": (self.num_classes or 90) + 1,  # torchvision counts the background
-            "anchor_px": self.anchor_px,
-            "masks": self.name == "mask_rcnn",
-            **self.transform_arguments(),
-            "box_batch_size_per_image": self.rois_train,
-            "rpn_post_nms_top_n_train": self.proposals_train,
-            "rpn_post_nms_top_n_test": self.proposals_test,
-        }
-        if self.neck == "c4":
-            if self.backbone not in backbones.resnets():
-                raise SettingsError(
-                    f"--backbone {self.backbone}: detector.neck=c4 needs one of {', '.join(backbones.resnets())}"
-                )
-            return Call(rcnn_c4, {"name": self.backbone, **arguments})
-        head = {"head": self.head, "head_width": self.head_width}
-        return Call(rcnn, {"backbone": self.backbone_call(), **head, **arguments})
+        arguments = {**self.arguments(), "masks": self.name == "mask_rcnn"}
+        if self.on_pyramid:
+            return Call(rcnn, {**self.pyramid_arguments(), **arguments})
+        if self.backbone not in backbones.resnets():
+            raise SettingsError(
+                f"--backbone {self.backbone}: detector.neck=c4 needs one of {', '.join(backbones.resnets())}"
+            )
+        return Call(rcnn_c4, {"name": self.backbone, **arguments})
 
 
 class RCNN(TorchvisionDetector):
     family = "rcnn"
     abilities = frozenset({"pool", "propose", "match"})
-    settings_type = RCNNSettings
+    settings_type: ClassVar[type[RegionSettings]] = RCNNSettings
     module: FasterRCNN
 
     @classmethod
@@ -101,8 +128,8 @@ class RCNN(TorchvisionDetector):
         Raises:
             SettingsError: the backbone is not known.
         """
-        if not isinstance(settings, RCNNSettings):
-            raise SettingsError(f"{settings.name}: expected RCNNSettings")
+        if not isinstance(settings, cls.settings_type):
+            raise SettingsError(f"{settings.name}: expected {cls.settings_type.__name__}")
         call = settings.call()
         return cls(call(), settings, call)
 
@@ -127,6 +154,10 @@ class RCNN(TorchvisionDetector):
     @property
     def box_head(self) -> nn.Module:
         return self.module.roi_heads.box_head
+
+    @property
+    def box_predictor(self) -> nn.Module:
+        return self.module.roi_heads.box_predictor
 
     def features(self, images: Tensor, neck: bool = True) -> Features:
         """P2..P5 (stride 4 to 32); C4 detectors: one map. ``neck=False``: the backbone's last map alone."""
@@ -248,9 +279,8 @@ class RCNN(TorchvisionDetector):
         rpn = self._rpn(anchor_px)
         maps = list(features.values())
         images = ImageList(maps[0].new_empty(0, 3, *size), [size] * len(boxes))
-        outputs = rpn.head(maps)
-        anchors = rpn.anchor_generator(images, maps)
-        return _rpn_losses(rpn, *concat_box_prediction_layers(*outputs), anchors, boxes)
+        objectness, deltas = concat_box_prediction_layers(*rpn.head(maps))
+        return _rpn_losses(rpn, objectness, deltas, rpn.anchor_generator(images, maps), boxes)
 
     @torch.no_grad()
     def rpn_boxes(
@@ -266,7 +296,7 @@ class RCNN(TorchvisionDetector):
 
     def projector(self, hidden: int, dim: int) -> nn.Module:
         """AlignDet's for regions: linear, ReLU, linear."""
-        width = self.parts["classifier"].in_features
+        width = self.box_predictor.cls_score.in_features
         return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))
 
     def match(

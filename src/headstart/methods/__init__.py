@@ -12,9 +12,13 @@ if TYPE_CHECKING:
 
 METHODS = {
     "soco": "headstart.methods.soco:SoCo",
+    "adept": "headstart.methods.adept:ADePT",
+    "aligndet": "headstart.methods.aligndet:AlignDet",
 }
 SUMMARIES = {  # for `headstart pretrain --help`, which must not import torch
     "soco": "Object-level BYOL on Selective Search boxes: backbone, FPN and box head (Wei et al., NeurIPS 2021)",
+    "adept": "SoCo plus the RPN, jointly or on top of a SoCo run (Dong et al., 2022)",
+    "aligndet": "Neck and heads of any detector, on a frozen backbone: box contrast and regression (Li et al., 2023)",
 }
 
 

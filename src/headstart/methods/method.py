@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headstart.detectors.detector import Detector
+from headstart.detectors.detector import Detector, Target
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
 from headstart.views import View
@@ -23,39 +23,68 @@ from headstart.views import View
 
 @dataclass
 class ViewBatch:
-    """One view of B images, K boxes each.
+    """One view of B images, up to K boxes each.
 
     Attributes:
-        images: (B, 3, H, W) uint8.
-        boxes: (B, K, 4) float32, xyxy in pixels of this view.
-        ids: (B, K) int64; equal id in two views of an image means the same object.
+        images: (B, 3, H, W) uint8; smaller ones are padded at the right and the bottom.
+        boxes: (B, K, 4) float32, xyxy in pixels of this view; rows beyond an image's own are 0.
+        ids: (B, K) int64; equal id in two views of an image means the same object; -1 beyond an image's own.
+        sizes: (B, 2) int64, height and width of each image without padding.
+        frames: (B, 4) float32, :attr:`View.frame`; NaN where a view has none.
     """
 
     images: Tensor
     boxes: Tensor
     ids: Tensor
+    sizes: Tensor
+    frames: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
+        """(H, W) of ``images``, padding included."""
         height, width = self.images.shape[-2:]
         return height, width
 
+    def targets(self) -> list[Target]:
+        """One an image: its boxes (k, 4), all of one class."""
+        counts = (self.ids >= 0).sum(dim=1).tolist()
+        ones = torch.ones_like(self.ids)
+        return [{"boxes": b[:k], "labels": one[:k]} for b, one, k in zip(self.boxes, ones, counts, strict=True)]
+
     def to(self, device: torch.device) -> ViewBatch:
-        return ViewBatch(*(t.to(device, non_blocking=True) for t in (self.images, self.boxes, self.ids)))
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
     def pin_memory(self) -> ViewBatch:
-        return ViewBatch(*(t.pin_memory() for t in (self.images, self.boxes, self.ids)))
+        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items()})
+
+
+STRIDE = 32  # of the coarsest map a padded batch has to fill evenly
 
 
 def collate_views(samples: Sequence[Sequence[View]]) -> list[ViewBatch]:
-    """B samples of V views -> V batches. Every sample has the same K; NHWC memory becomes (B, 3, H, W) uncopied."""
-    batches = []
-    for views in zip(*samples, strict=True):
-        images = torch.from_numpy(np.stack([view.image for view in views])).permute(0, 3, 1, 2)
-        boxes = torch.from_numpy(np.stack([view.boxes for view in views]))
-        ids = torch.from_numpy(np.stack([view.ids for view in views]))
-        batches.append(ViewBatch(images, boxes, ids))
-    return batches
+    """B samples of V views -> V batches, NHWC memory as (B, 3, H, W). Nothing is copied twice unless sizes differ."""
+    return [_collate(views) for views in zip(*samples, strict=True)]
+
+
+def _collate(views: Sequence[View]) -> ViewBatch:
+    sizes = np.array([view.size for view in views])
+    if (sizes == sizes[0]).all():
+        images = np.stack([view.image for view in views])
+    else:
+        height, width = -(-sizes.max(axis=0) // STRIDE) * STRIDE
+        images = np.zeros((len(views), height, width, 3), np.uint8)
+        for image, view in zip(images, views, strict=True):
+            image[: view.size[0], : view.size[1]] = view.image
+    most = max(len(view.boxes) for view in views)
+    boxes = np.zeros((len(views), most, 4), np.float32)
+    ids = np.full((len(views), most), -1, np.int64)
+    for i, view in enumerate(views):
+        boxes[i, : len(view.boxes)], ids[i, : len(view.ids)] = view.boxes, view.ids
+    none = np.full(4, np.nan, np.float32)
+    frames = np.stack([none if view.frame is None else view.frame for view in views])
+    arrays = (images, boxes, ids, sizes, frames)
+    pixels, *others = (torch.from_numpy(array) for array in arrays)
+    return ViewBatch(pixels.permute(0, 3, 1, 2), *others)
 
 
 class Net(nn.Module):
@@ -76,6 +105,7 @@ class Method(ABC, Generic[M]):
     name: ClassVar[str]
     settings_type: ClassVar[type[Settings]]
     paper: ClassVar[str]
+    epochs: ClassVar[int] = 100  # the paper's, where nobody says how long
 
     def __init__(self, settings: M) -> None:
         self.settings = settings
@@ -98,7 +128,7 @@ class Method(ABC, Generic[M]):
         """
 
     @abstractmethod
-    def optimizer(self, batch_size: int) -> OptimSettings:
+    def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
         """The optimiser that suits this method at a batch of ``batch_size`` images."""
 
     @property
@@ -108,7 +138,19 @@ class Method(ABC, Generic[M]):
 
     @abstractmethod
     def trained_parts(self, detector: Detector) -> Sequence[str]:
-        """Names of the detector's parts that this method trains, and that are exported."""
+        """Names of the detector's parts that this method trains. The others are frozen, batch norm included."""
+
+    def exported_parts(self, detector: Detector) -> Sequence[str]:
+        """Names of the parts that are worth keeping afterwards."""
+        return self.trained_parts(detector)
+
+    def exported_from_teacher(self, detector: Detector) -> Sequence[str]:
+        """Those of them that are kept as the teacher has them."""
+        return ()
+
+    def needs_start(self, detector: Detector) -> str | None:
+        """Why this method makes no sense on random weights, where it does not."""
+        return None
 
     @abstractmethod
     def heads(self, detector: Detector) -> nn.ModuleDict:

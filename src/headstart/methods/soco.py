@@ -33,7 +33,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headstart.detectors.detector import Detector
+from headstart.detectors.detector import Detector, Features
 from headstart.ema import cosine_momentum
 from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
@@ -134,10 +134,11 @@ class SoCo(Method[SoCoSettings]):
 
     def settle(self, detector: Detector, total_steps: int) -> list[str]:
         s, notes = self.settings, []
-        if "head" not in detector.parts:
+        if "pool" not in detector.abilities:
             raise SettingsError(
-                "soco pretrains a box head on pooled boxes, which this detector does not have; "
-                "choose a detector of the R-CNN family"
+                f"{self.name} pretrains a box head on pooled boxes, which a {detector.family} does not have. Pretrain "
+                "a detector of the R-CNN family; its backbone and FPN can be taken over: headstart finetune RUN "
+                f"--detector {detector.family}"
             )
         if s.v3 is None:
             s.v3 = "downsample" if "neck" in detector.parts else "none"
@@ -163,7 +164,7 @@ class SoCo(Method[SoCoSettings]):
             notes.append(f"tau = {s.tau:.3f} -> 1: for {total_steps} steps (paper: 0.99 for 60 000)")
         return notes
 
-    def optimizer(self, batch_size: int) -> OptimSettings:
+    def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
         """LARS as in the paper for its large batches; AdamW for those that fit a small machine."""
         if batch_size >= 512:
             return OptimSettings(optimizer="lars", base_lr=1.0, weight_decay=1e-5, warmup_epochs=10)
@@ -194,6 +195,7 @@ class SoCo(Method[SoCoSettings]):
         if s.instances == "random":
             boxes = RandomBoxes(s.K)(image, rng)
         v1 = resize(View(image, boxes, np.arange(len(boxes))), (s.view_px, s.view_px))
+        v1.frame = np.array([0, 0, s.view_px, s.view_px], np.float32)
         for _ in range(1 + CROP_RETRIES):
             views = [v1, *self.crops(v1, rng)]
             common = np.flatnonzero(np.logical_and.reduce([visible(view.boxes) for view in views]))
@@ -238,7 +240,7 @@ class SoCo(Method[SoCoSettings]):
         boxes = view.boxes
         if jitter:
             boxes = jitter_boxes(boxes, rng, *view.size, prob=s.jitter_prob, frac=s.jitter_r)
-        view = View(photometric(view.image, rng), boxes, view.ids)
+        view = View(photometric(view.image, rng), boxes, view.ids, view.frame)
         return hflip(view) if rng.random() < 0.5 else view
 
     # ---- section 3.3 ------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ class SoCo(Method[SoCoSettings]):
     def teacher_heads(self) -> Sequence[str]:
         return ("g",)
 
-    def momentum(self, step: int, total_steps: int) -> float:
+    def momentum(self, step: int, total_steps: int) -> float | None:
         assert self.settings.tau is not None
         return cosine_momentum(step, total_steps, self.settings.tau)
 
@@ -264,10 +266,11 @@ class SoCo(Method[SoCoSettings]):
         sides = side(boxes)
         return torch.stack([sides > px for px in self.settings.level_px]).sum(dim=0)
 
-    def describe(self, net: Net, view: ViewBatch) -> Tensor:
-        """g(f^H(RoIAlign(f^I(V), b))), Eq. 1-4: (B * K, dim)."""
+    def describe(self, net: Net, view: ViewBatch, features: Features | None = None) -> Tensor:
+        """g(f^H(RoIAlign(f^I(V), b))), Eq. 1-4: (B * K, dim). ``features``: f^I(V), where known already."""
         s, detector = self.settings, net.detector
-        features = detector.features(view.images, neck=s.fpn)
+        if features is None:
+            features = detector.features(view.images, neck=s.fpn)
         h = detector.embed(features, view.boxes, view.size, self.levels(view.boxes), head=s.head)
         return net.heads["g"](h)
 
@@ -277,8 +280,7 @@ class SoCo(Method[SoCoSettings]):
 
     def loss(self, student: Net, views: Sequence[ViewBatch], targets: list[Tensor]) -> dict[str, Tensor]:
         v = [student.heads["q"](self.describe(student, view)) for view in views]
-        terms = [contrast(v[0], targets[j]) + contrast(v[j], targets[0]) for j in range(1, len(views))]
-        return {"align": torch.stack(terms).sum()}  # L of Eq. 6 + its mirror image
+        return {"align": symmetric(v, targets)}
 
     # ---- health -----------------------------------------------------------------------------------------------
 
@@ -311,6 +313,11 @@ def contrast(v: Tensor, target: Tensor) -> Tensor:
     return -2 * F.cosine_similarity(v.float(), target.float(), dim=-1).mean()
 
 
+def symmetric(v: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+    """L of Eq. 6 and its mirror image: view 1 against every other one, both ways."""
+    return torch.stack([contrast(v[0], targets[j]) + contrast(v[j], targets[0]) for j in range(1, len(v))]).sum()
+
+
 def side(boxes: Tensor) -> Tensor:
     """sqrt(w * h) of boxes (..., 4) xyxy."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1).sqrt()
@@ -327,4 +334,4 @@ def whole(view: View, count: int) -> View:
     """The whole view as its only object, ``count`` times."""
     height, width = view.size
     boxes = np.tile(np.array([[0, 0, width, height]], np.float32), (count, 1))
-    return View(view.image, boxes, np.zeros(count, np.int64))
+    return View(view.image, boxes, np.zeros(count, np.int64), view.frame)

@@ -18,22 +18,15 @@ from headstart.datasets.detection import load_detection_data
 from headstart.datasets.splits import choose_labelled, write_split
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
-from headstart.detectors.weights import (
-    LoadReport,
-    load_state,
-    read_metadata,
-    read_state,
-    save_detector,
-    write_plain_code,
-)
+from headstart.detectors.weights import LoadReport, save_detector, write_plain_code
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
-from headstart.errors import DataError, RunError, SettingsError
+from headstart.errors import DataError
 from headstart.optim import OptimSettings, settle_optim
-from headstart.runs import DETECTOR_FILE, Run, fingerprint, read_record
+from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import Settings, flatten, merge, parse_assignments, validate
 from headstart.verbs.evaluate import Evaluation, in_order_of, run_detector, write_evaluation
+from headstart.verbs.start import SCRATCH, detector_of, load_start, start_record
 
-SCRATCH = "scratch"
 EPOCHS = 12  # COCO's 1x schedule
 MIN_STEPS = 1000
 
@@ -166,9 +159,10 @@ def finetune(
             was expected.
     """
     given = start if isinstance(start, nn.Module) else None
-    base = _detector_of(start) if given is None else {}
+    base = detector_of(start) if given is None else {}
     section = recipes.read(recipe, "finetune")
-    name = detector or base.get("name") or section.get("detector", {}).get("name") or "faster_rcnn"
+    name = detector or section.get("detector", {}).get("name") or base.get("name") or "faster_rcnn"
+    base = for_family(name, base)
     kind = config_type(name)
     explicit = {
         "detector.name": name,
@@ -207,7 +201,7 @@ def finetune(
                 f"{train}: has no masks, which this detector is trained with. Use --detector faster_rcnn: its "
                 "backbone, FPN and box head take the same pretrained weights"
             )
-        report = _load(wrapped, start) if given is None and start != SCRATCH else None
+        report = load_start(wrapped, start) if given is None and start != SCRATCH else None
         if show and distributed.is_main():
             for note in [*data.notes, *said]:
                 notes.print(f"  {note}", soft_wrap=True, markup=False)
@@ -230,7 +224,7 @@ def finetune(
                     [r.file_name for r in chosen.images], [r.width * r.height for r in chosen.images]
                 ),
             },
-            "start": _start_record(start),
+            "start": start_record(start),
             "labels": {"budget": str(labels), "images": len(chosen.images), "ids_file": "labels.json"},
             "load_report": None if report is None else report.as_dict(),
             "notes": said,
@@ -268,6 +262,16 @@ def finetune(
     return Finetuned(out, wrapped, summary, report, evaluation)
 
 
+def for_family(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the detector that a run started from, as far as the family ``name`` takes them over."""
+    settings = detectors.settings_type(name)
+    known = detectors.settings_type(str(base["name"])) if "name" in base else settings
+    if known is settings:
+        return dict(base)
+    shared = detectors.parse_settings(base).shared()
+    return {key: value for key, value in shared.items() if key in settings.model_fields}
+
+
 def settle(config: Any, n_images: int, device: torch.device) -> list[str]:
     """Fill in what the user left open; returns what was chosen and why."""
     train, said = config.train, []
@@ -295,46 +299,6 @@ def default_folder(start: Any, labels: str | int, seed: int) -> Path:
     origin = "detector" if isinstance(start, nn.Module) else Path(str(start)).stem
     budget = str(labels).replace("%", "pct")
     return Path("runs") / f"finetune-{origin}-{Path(budget).stem}-seed{seed}"
-
-
-def _detector_of(start: Path | str) -> dict[str, Any]:
-    """Detector settings of the run that ``start`` is; empty for scratch and for weights files.
-
-    Raises:
-        RunError: ``start`` is neither a run, nor a file, nor "scratch".
-    """
-    path = Path(start)
-    if str(start) == SCRATCH or path.is_file():
-        return {}
-    if not path.is_dir():
-        raise RunError(f"{start}: no such run folder or weights file; expected one of these, or 'scratch'")
-    record = read_record(path)
-    settings = dict(record["config"]["detector"])
-    if "object" in settings:
-        raise SettingsError(
-            f"{path}: was made from a detector object, of which only the weights were kept; "
-            f"start from {path / DETECTOR_FILE} and name the detector (--detector, --backbone)"
-        )
-    return settings
-
-
-def _load(detector: Detector, start: Path | str) -> LoadReport:
-    path = Path(start)
-    file = path / DETECTOR_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise RunError(f"{path}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
-    return load_state(detector.module, read_state(file), str(file))
-
-
-def _start_record(start: Any) -> dict[str, Any]:
-    if isinstance(start, nn.Module):
-        return {"from": type(start).__name__, "method": "given", "pretrain_steps": 0}
-    if str(start) == SCRATCH:
-        return {"from": SCRATCH, "method": SCRATCH, "pretrain_steps": 0}
-    path = Path(start)
-    metadata = read_metadata(path / DETECTOR_FILE if path.is_dir() else path)
-    method = metadata.get("method") or metadata.get("kind") or path.stem
-    return {"from": str(start), "method": method, "pretrain_steps": metadata.get("steps", 0)}
 
 
 def _path(value: Path | str | None) -> Path | None:

@@ -30,11 +30,11 @@ from headstart.proposals.store import ProposalStore
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import merge, parse_assignments, validate
 from headstart.verbs.propose import propose
+from headstart.verbs.start import SCRATCH, load_start, start_record
 
-EPOCHS = 100  # SoCo's, ADePT's
 ON_THE_FLY = "on-the-fly"  # instead of a file of proposals
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
-MIN_STEPS = 2000  # of a small set of images, 100 epochs would be over before anything is learnt
+MIN_STEPS = 2000  # of a small set of images, the paper's epochs would be over before anything is learnt
 
 
 def config_type(method: str, detector: str = "faster_rcnn") -> type[BaseModel]:
@@ -75,10 +75,12 @@ class Pretraining(nn.Module):
     def __init__(self, method: Method, detector: Detector) -> None:
         super().__init__()
         self.method = method
-        trained = method.trained_parts(detector)
-        for name, part in detector.parts.items():
-            if name not in trained:
-                part.requires_grad_(False)
+        parts, trained = detector.parts, method.trained_parts(detector)
+        learning = {id(p) for name in trained for p in parts[name].parameters()}
+        for part in parts.values():
+            for parameter in part.parameters():
+                if id(parameter) not in learning:
+                    parameter.requires_grad_(False)
         self.student = Net(detector, method.heads(detector))
         self.teacher: Net | None = None
         self._ema: EMA | None = None
@@ -86,6 +88,15 @@ class Pretraining(nn.Module):
             heads = nn.ModuleDict({name: self.student.heads[name] for name in method.teacher_heads})
             self.teacher = copy.deepcopy(Net(detector, heads)).requires_grad_(False)
         self._seen: tuple[Sequence[ViewBatch], Any] | None = None
+
+    def train(self, mode: bool = True) -> Pretraining:
+        """Batch norm of frozen parts keeps its statistics."""
+        super().train(mode)
+        for detector in [self.student.detector, *([self.teacher.detector] if self.teacher is not None else [])]:
+            parts, trained = detector.parts, self.method.trained_parts(detector)
+            for name in sorted(parts, key=lambda name: name in trained):  # frozen ones first: parts may share a block
+                parts[name].train(mode and name in trained)
+        return self
 
     def forward(self, views: _Views) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -100,6 +111,15 @@ class Pretraining(nn.Module):
         if self._ema is None:  # only now are the parameters where they stay
             self._ema = EMA(self.teacher, self.student)
         self._ema.update(momentum)
+
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """The teacher's weights into the student's detector, where it is the teacher's that are kept."""
+        if self.teacher is None:
+            return
+        detector = self.student.detector
+        kept = self.teacher.detector.part_state(self.method.exported_from_teacher(detector))
+        detector.module.load_state_dict(kept, strict=False)
 
     def watch(self) -> dict[str, Any]:
         return self.method.watch(*self._seen) if self._seen is not None else {}
@@ -180,6 +200,7 @@ def pretrain(
     *,
     out: Path | str | None = None,
     backbone: str | None = None,
+    start: Path | str | None = None,
     proposals: Path | str | None = None,
     recipe: Path | str | None = None,
     epochs: float | None = None,
@@ -200,6 +221,8 @@ def pretrain(
         method: name of the pretraining method.
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
         backbone: backbone name, where ``detector`` is a name.
+        start: weights to start from: a run folder, a weights file, "imagenet" (the library's own supervised weights
+            of the backbone), or "scratch", random weights on purpose.
         proposals: Parquet file of boxes; made there when absent, or in the run folder when unset. "on-the-fly": no
             file; the data workers find the boxes of each image they read, the same ones in every epoch.
         recipe: name or file of a recipe whose numbers are the defaults.
@@ -247,9 +270,18 @@ def pretrain(
         torch.manual_seed(config.train.seed)  # equal on all processes: they build the same network
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
         pretraining_method = methods.method_type(method)(config.method)
+        reason = pretraining_method.needs_start(wrapped)
+        if reason and start is None and given is None:
+            raise SettingsError(
+                f"{method} {reason}. Name the weights with --start: a run folder, a weights file, or imagenet "
+                "(--start scratch: random weights on purpose)"
+            )
+        report = None if start in (None, SCRATCH) else load_start(wrapped, start)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
         if show and distributed.is_main():
             found.print_notes()
+            if report is not None:
+                notes.print(report.table())
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"
@@ -274,6 +306,8 @@ def pretrain(
                 "fingerprint": fingerprint(found.names, found.sizes().tolist()),
                 **source,
             },
+            "start": None if start is None else start_record(start),
+            "load_report": None if report is None else report.as_dict(),
             "notes": chosen,
         }
         run = Run.start(out, record, resume)
@@ -300,6 +334,7 @@ def pretrain(
                 warn=pretraining_method.warnings,
             )
             summary = fit(job, config.train, config.optim, run, resume, show)
+            model.hand_over()
         if distributed.is_main():
             _finish(run, wrapped, pretraining_method, config, summary, show)
     return Pretrained(out, wrapped, summary)
@@ -317,11 +352,11 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
         notes_.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
     per_epoch = n_images / train.batch_size
     if train.max_steps is None:
-        epochs = train.epochs or max(EPOCHS, MIN_STEPS / per_epoch)
+        epochs = train.epochs or max(method.epochs, MIN_STEPS / per_epoch)
         train.max_steps = max(1, round(epochs * per_epoch))
         if train.epochs is None:
             notes_.append(f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} images (--epochs, --max-steps)")
-    advised = method.optimizer(train.batch_size)
+    advised = method.optimizer(detector, train.batch_size)
     notes_ += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
     notes_ += method.settle(detector, train.max_steps)
     return notes_
@@ -355,14 +390,18 @@ def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: 
     if not summary.finished:
         notes.print(f"stopped at step {summary.steps}; continue with the same command and --resume")
         return
-    parts = list(method.trained_parts(detector))
+    parts = list(method.exported_parts(detector))
     metadata = {"kind": "pretrain", "method": method.name, "parts": parts, "steps": summary.steps}
     save_detector(run.path / DETECTOR_FILE, detector.part_state(parts), metadata)
     write_plain_code(run.path, detector, _LOADING.format(parts=", ".join(parts), file=DETECTOR_FILE))
+    trained = method.trained_parts(detector)
+    came = [part for part in parts if part not in trained]
     if show:
         notes.print(
             f"\n[bold]{method.name}[/bold]: {summary.steps} steps, loss {summary.loss:.4f}. "
-            f"Pretrained: {', '.join(parts)}. Not trained: {', '.join(p for p in detector.parts if p not in parts)}."
+            f"Pretrained: {', '.join(p for p in parts if p in trained)}. "
+            + (f"Kept as they came: {', '.join(came)}. " if came else "")
+            + f"Not kept: {', '.join(p for p in detector.parts if p not in parts)}."
         )
         for name, reason in list(summary.unreadable.items())[:10]:
             notes.print(f"  skipped {name}: {reason}", markup=False)
@@ -371,7 +410,7 @@ def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: 
 
 
 _LOADING = """\
-# Pretrained: {parts}. Everything else keeps its random start, so it shows as missing here.
+# Here are: {parts}. Everything else keeps its random start, so it shows as missing here.
 from safetensors.torch import load_file
 
 print(detector.load_state_dict(load_file("{file}"), strict=False))
