@@ -77,6 +77,10 @@ class TorchvisionDetector(Detector):
             return {"backbone": ("backbone.body.",), "neck": ("backbone.fpn.",)}
         return {"backbone": ("backbone.",)}
 
+    @property
+    def input_px(self) -> tuple[int, int]:
+        return max(self.module.transform.min_size), self.module.transform.max_size
+
     def normalise(self, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """``(images - mean) / std`` of images in [0, 1], as the detector's own transform; uint8 counts to 255.
 
