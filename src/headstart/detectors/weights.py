@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from safetensors import SafetensorError, safe_open
@@ -33,6 +37,7 @@ class LoadReport:
         unexpected: keys of the file that the detector does not have; they were not used.
         reshaped: (key, shape in the file, shape in the detector); not loaded.
         reinitialised: keys in both that were left at their random start on purpose.
+        moved: in words, what was renamed to fit this detector before it was loaded.
     """
 
     source: str
@@ -41,6 +46,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+    moved: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,6 +65,8 @@ class LoadReport:
         }
         for name, keys in meaning.items():
             table.add_row(name, str(len(keys)), summarise(keys))
+        for words in self.moved:
+            table.add_row("moved", "", words)
         return table
 
 
@@ -72,8 +80,96 @@ def summarise(keys: Sequence[str], most: int = 6) -> str:
     return ", ".join(shown) + (f", and {len(groups) - most} more groups" if len(groups) > most else "")
 
 
+class _StandIn:
+    """Takes the place of an object that checkpoints carry beside the weights; accepts any contents, keeps none."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _StandInMapping:
+    """The same for classes derived from dict: torch fills plain dictionaries only, so it makes one."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return OrderedDict()
+
+
+# Published checkpoints hold their settings, the best score or a log beside the weights. torch's restricted reader
+# refuses the whole file for one such object. Under exactly these names it is given a stand-in instead: the class that
+# the file names is not imported, nothing of it runs, and its contents are not used. All other names stay refused.
+_STAND_INS = {
+    _StandIn: (
+        "argparse.Namespace",
+        "builtins.getattr",  # a method kept in a log, as (class, name); the stand-in looks nothing up
+        "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+        "mmengine.logging.history_buffer.HistoryBuffer",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "omegaconf.base.ContainerMetadata",
+        "omegaconf.base.Metadata",
+        "omegaconf.dictconfig.DictConfig",
+        "omegaconf.listconfig.ListConfig",
+        "omegaconf.nodes.AnyNode",
+        "pathlib.PosixPath",
+        "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
+        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+        "typing.Any",
+    ),
+    _StandInMapping: (
+        "collections.defaultdict",
+        "lightning.fabric.utilities.data.AttributeDict",
+        "lightning_fabric.utilities.data.AttributeDict",
+        "mmcv.utils.config.ConfigDict",
+        "mmengine.config.config.ConfigDict",
+        "pytorch_lightning.utilities.parsing.AttributeDict",
+        "yacs.config.CfgNode",
+    ),
+}
+_reading = threading.Lock()  # torch keeps the list for the whole process: the first reader done would end it for others
+
+
+def _read_torch(path: Path) -> Any:
+    stand_ins: list[Any] = [(stand_in, name) for stand_in, names in _STAND_INS.items() for name in names]
+    try:
+        with _reading, torch.serialization.safe_globals(stand_ins):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's words before this one advise to switch the protection off
+        detail = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        if detail.startswith("Unsupported operand"):  # not even a pickle of the kind that torch writes
+            raise WeightsError(f"{path}: not a readable weights file; expected one written by torch.save") from None
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}" if named else detail[:160]
+        raise WeightsError(
+            f"{path}: holds more than tensors, and reading it would execute code from it, which is refused ({reason}). "
+            "Save its state_dict() alone, best as .safetensors; docs/checkpoints.md says how, also for DeepMind's files"
+        ) from None
+    except Exception as error:  # a damaged file shows as one of many kinds
+        reason = (str(error).splitlines() or [repr(error)])[0][:160]
+        raise WeightsError(f"{path}: not a readable weights file ({reason})") from None
+
+
+def _read_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {key: torch.from_numpy(np.array(arrays[key])) for key in arrays.files}
+    except Exception as error:  # not a zip, damaged inside, Python objects, or numbers that torch has no type for
+        raise WeightsError(f"{path}: not a readable .npz file of plain arrays ({error})") from None
+
+
 def read_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file, or of a torch file read with ``weights_only=True``.
+    """The tensors of a ``.safetensors`` or ``.npz`` file, or of a torch file read with ``weights_only=True``.
+
+    A torch file may keep the weights one level down, under one of ``NESTED_UNDER``. Where several networks lie side by
+    side (``{"teacher": {...}, "student": {...}}``), all are returned, their keys starting with ``teacher.`` and so on;
+    a name like ``online_network_state_dict`` becomes ``online_network.``.
 
     Raises:
         WeightsError: no such file, damaged, holds no tensors, or would have to execute code to be read.
@@ -86,20 +182,22 @@ def read_state(path: Path | str) -> dict[str, Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"{path}: not a readable safetensors file ({error})") from None
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0][:160]
+    if path.suffix == ".npy":
         raise WeightsError(
-            f"{path}: holds more than tensors, and reading it would execute code from it, which is refused "
-            f"({reason}). Save its state_dict() alone, best as .safetensors"
-        ) from None
-    except Exception as error:  # a damaged file shows as one of many kinds
-        raise WeightsError(f"{path}: not a readable weights file ({str(error).splitlines()[0][:160]})") from None
+            f"{path}: a .npy file has no names for its arrays; where it holds a pickled dictionary, reading it would "
+            "execute code from it, which is refused. docs/checkpoints.md says how to convert it to .npz once"
+        )
+    loaded = _read_npz(path) if path.suffix == ".npz" else _read_torch(path)
     for key in NESTED_UNDER:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    state = {k: v for k, v in loaded.items() if isinstance(v, Tensor)} if isinstance(loaded, Mapping) else {}
+    state: dict[str, Tensor] = {}
+    for name, value in loaded.items() if isinstance(loaded, Mapping) else ():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            state[name] = value
+        elif isinstance(name, str) and isinstance(value, Mapping):
+            network = name.removesuffix("_state_dict")
+            state |= {f"{network}.{k}": v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise WeightsError(f"{path}: holds no tensors; expected a state dict")
     return state
