@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "faster_rcnn": "headstart.detectors.rcnn:RCNN",
     "mask_rcnn": "headstart.detectors.rcnn:RCNN",
+    "cascade_rcnn": "headstart.detectors.cascade_rcnn:CascadeRCNN",
 }
 
 
