@@ -187,6 +187,10 @@ class Detector(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def stages(self) -> list[list[nn.Module]]:
+        """The backbone's layers in the order data flows through them: stem first, then one list a stage."""
+        raise NotImplementedError
+
     # ---- weights --------------------------------------------------------------------------------------------------
 
     def plain_code(self) -> str | None:

@@ -20,6 +20,9 @@ from headstart.detectors.plain_code import Call, plain_code
 
 
 class PyramidSettings(DetectorSettings):
+    composite: int = Field(
+        1, ge=1, description="identical copies of the backbone, CBNetV2: each feeds the next, the last one counts"
+    )
     fpn_channels: int = Field(256, ge=1, description="channels of every pyramid level")
     fpn_norm: Literal["bn", "none"] | None = Field(
         None, description="batch norm after the FPN's convolutions; unset: as torchvision's model"
@@ -36,12 +39,13 @@ class PyramidSettings(DetectorSettings):
         return self.fpn_norm == "bn"
 
     def shared(self) -> dict[str, Any]:
-        names = ("backbone", "fpn_channels", "short_side_px", "long_side_px", "image_mean", "image_std")
+        names = ("backbone", "composite", "fpn_channels", "short_side_px", "long_side_px", "image_mean", "image_std")
         return {name: getattr(self, name) for name in names} | {"fpn_norm": "bn" if self.has_fpn_norm else "none"}
 
     def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5), extra_blocks: Call | None = None) -> Call:
         """The backbone's maps C2 .. C5, those in ``stages``, and the pyramid on them."""
-        arguments: dict[str, Any] = {"body": backbones.body(self.backbone, stages), "channels": self.fpn_channels}
+        body = backbones.body(self.backbone, stages, self.composite)
+        arguments: dict[str, Any] = {"body": body, "channels": self.fpn_channels}
         arguments["norm"] = self.has_fpn_norm
         if extra_blocks is not None:
             arguments["extra_blocks"] = extra_blocks
@@ -114,6 +118,16 @@ class TorchvisionDetector(Detector):
 
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         return self.module([as_float(image) for image in images])
+
+    def stages(self) -> list[list[nn.Module]]:
+        """A new stage begins at ``layer1``, ``layers_0``, ``stages_0``, ...: as libraries number their layers."""
+        body = self.module.backbone.body if self.has_fpn else self.module.backbone
+        found: list[list[nn.Module]] = [[]]
+        for name, layer in body.named_children():
+            if re.fullmatch(r"(layers?|stages?|blocks?|features?)[_.]?\d+", name):
+                found.append([])
+            found[-1].append(layer)
+        return found
 
     def plain_code(self) -> str | None:
         return None if self.call is None else plain_code(self.call)

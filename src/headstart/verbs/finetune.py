@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import BaseModel, Field, create_model
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from headstart import detectors, distributed, recipes
 from headstart.console import notes
@@ -20,7 +23,7 @@ from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
 from headstart.detectors.weights import LoadReport, save_detector, write_plain_code
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
-from headstart.errors import DataError
+from headstart.errors import DataError, SettingsError
 from headstart.optim import OptimSettings, settle_optim
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import Settings, flatten, merge, parse_assignments, validate
@@ -29,20 +32,40 @@ from headstart.verbs.start import SCRATCH, detector_of, load_start, start_record
 
 EPOCHS = 12  # COCO's 1x schedule
 MIN_STEPS = 1000
+GREY = 114  # of padding; what the field's detectors pad with
 
 
 class AugmentSettings(Settings):
     flip_prob: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+    scale_jitter: tuple[float, float] | None = Field(
+        None,
+        description="range of the scale an image is put on a canvas of canvas_px at, cut or padded; (0.1, 2) is "
+        "large-scale jitter. Unset: none",
+    )
+    canvas_px: int = Field(1024, ge=1, description="side of that canvas, px")
+
+
+class TuneSettings(Settings):
+    frozen_stages: int = Field(
+        0, ge=0, description="0: none; 1: the backbone's stem and first stage stay as they are; 2: the second too; ..."
+    )
+    backbone_norm: Literal["train", "fixed"] = Field(
+        "train", description="fixed: batch norm in the backbone keeps its statistics (its scale and shift still learn)"
+    )
+    only: list[str] | None = Field(
+        None, description="parts of the detector that are trained, for example [classifier, regressor]; unset: all"
+    )
 
 
 def config_type(detector: str = "faster_rcnn") -> type[BaseModel]:
-    """The settings of a fine-tuning run, nested: detector, augment, optim, train."""
+    """The settings of a fine-tuning run, nested: detector, tune, augment, optim, train."""
     return create_model(
         "FinetuneSettings",
         detector=(
             detectors.settings_type(detector),
             Field(default_factory=detectors.settings_type(detector)),
         ),
+        tune=(TuneSettings, Field(default_factory=TuneSettings)),
         augment=(AugmentSettings, Field(default_factory=AugmentSettings)),
         optim=(OptimSettings, Field(default_factory=lambda: OptimSettings(schedule="steps"))),
         train=(TrainSettings, Field(default_factory=TrainSettings)),
@@ -62,11 +85,41 @@ class Finetuned:
 
 
 class _Supervised(nn.Module):
-    """``forward(batch) -> {term: loss}``: the detector's own."""
+    """``forward(batch) -> {term: loss}``: the detector's own.
 
-    def __init__(self, detector: Detector) -> None:
+    Raises:
+        SettingsError: ``tune`` names parts or stages that the detector does not have.
+    """
+
+    def __init__(self, detector: Detector, tune: TuneSettings) -> None:
         super().__init__()
         self.detector = detector
+        parts = detector.parts
+        only = tune.only if tune.only is not None else list(parts)
+        unknown = [name for name in only if name not in parts]
+        if unknown:
+            raise SettingsError(f"tune.only: no part {', '.join(unknown)}; this detector has {', '.join(parts)}")
+        # Parts may share layers: what one trained part has is trained.
+        learning = {id(p) for name in only for p in parts[name].parameters()}
+        self._fixed: list[nn.Module] = [parts[name] for name in parts if name not in only]
+        if tune.frozen_stages:
+            stages = detector.stages()
+            if tune.frozen_stages >= len(stages):
+                raise SettingsError(f"tune.frozen_stages={tune.frozen_stages}: the backbone has {len(stages) - 1}")
+            frozen = [layer for stage in stages[: tune.frozen_stages + 1] for layer in stage]
+            learning -= {id(p) for layer in frozen for p in layer.parameters()}
+            self._fixed += frozen
+        for parameter in detector.parameters():
+            if id(parameter) not in learning:
+                parameter.requires_grad_(False)
+        if tune.backbone_norm == "fixed":
+            self._fixed += [m for m in parts["backbone"].modules() if isinstance(m, _BatchNorm)]
+
+    def train(self, mode: bool = True) -> _Supervised:
+        super().train(mode)
+        for layers in self._fixed:
+            layers.eval()
+        return self
 
     def forward(self, batch: _Labelled) -> dict[str, Tensor]:
         return self.detector.loss(batch.images, batch.targets)
@@ -94,11 +147,46 @@ class _Labelled:
 @dataclass
 class _Loader:
     dataset: DetectionDataset
-    flip_prob: float
+    augment: AugmentSettings
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Tensor, Target]:
         image, target = self.dataset[index]
-        return flip(image, target) if rng.random() < self.flip_prob else (image, target)
+        if self.augment.scale_jitter is not None:
+            image, target = jitter_scale(image, target, rng, self.augment.scale_jitter, self.augment.canvas_px)
+        return flip(image, target) if rng.random() < self.augment.flip_prob else (image, target)
+
+
+def jitter_scale(
+    image: Tensor, target: Target, rng: np.random.Generator, scales: tuple[float, float], canvas_px: int
+) -> tuple[Tensor, Target]:
+    """Large-scale jitter (Ghiasi et al., 2021): the image, sized to fit a canvas times a random scale, on that canvas.
+
+    Larger than the canvas it is cut at a random place, smaller it is padded at the right and the bottom with grey.
+
+    Returns:
+        (3, canvas_px, canvas_px), and the objects of which at least a pixel is left.
+    """
+    height, width = image.shape[-2:]
+    factor = canvas_px * float(rng.uniform(*scales)) / max(height, width)
+    new = [max(1, round(height * factor)), max(1, round(width * factor))]
+    image = resize(image, new, antialias=True)
+    top, left = (int(rng.integers(max(0, side - canvas_px) + 1)) for side in new)
+    image = image[:, top : top + canvas_px, left : left + canvas_px]
+    canvas = image.new_full((image.shape[0], canvas_px, canvas_px), GREY)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    scale = torch.tensor([new[1] / width, new[0] / height] * 2)
+    offset = torch.tensor([left, top, left, top])
+    limits = torch.tensor([image.shape[2], image.shape[1]] * 2)
+    boxes = (target["boxes"] * scale - offset).clamp(min=0).minimum(limits)
+    left_over = (boxes[:, 2:] - boxes[:, :2] >= 1).all(dim=1)
+    kept = {k: v[left_over] if isinstance(v, Tensor) else v for k, v in target.items()} | {"boxes": boxes[left_over]}
+    kept.pop("area", None)  # of the object as it was
+    if "masks" in target:
+        masks = resize(target["masks"], new, interpolation=InterpolationMode.NEAREST)[left_over]
+        masks = masks[:, top : top + canvas_px, left : left + canvas_px]
+        kept["masks"] = masks.new_zeros((len(masks), canvas_px, canvas_px))
+        kept["masks"][:, : masks.shape[1], : masks.shape[2]] = masks
+    return canvas, kept
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
@@ -229,19 +317,19 @@ def finetune(
             "load_report": None if report is None else report.as_dict(),
             "notes": said,
         }
-        run = Run.start(out, record, resume)
-        if distributed.is_main():
-            write_split(run.path / "labels.json", ids, data, labels, config.train.seed)
         dataset = DetectionDataset(chosen, masks=masks)
-        job = Job(
-            name="finetune",
-            model=_Supervised(wrapped),
-            images=len(chosen.images),
-            load=_Loader(dataset, config.augment.flip_prob),
-            collate=_Labelled,
-            name_of=[record.file_name for record in chosen.images].__getitem__,
-        )
         with lent(wrapped):
+            job = Job(
+                name="finetune",
+                model=_Supervised(wrapped, config.tune),
+                images=len(chosen.images),
+                load=_Loader(dataset, config.augment),
+                collate=_Labelled,
+                name_of=[record.file_name for record in chosen.images].__getitem__,
+            )
+            run = Run.start(out, record, resume)
+            if distributed.is_main():
+                write_split(run.path / "labels.json", ids, data, labels, config.train.seed)
             summary = fit(job, config.train, config.optim, run, resume, show)
         evaluation = None
         if distributed.is_main():

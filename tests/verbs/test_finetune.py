@@ -1,0 +1,106 @@
+"""What fine-tuning freezes, and what it does to images."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import headstart
+from headstart import detectors
+from headstart.detectors.rcnn import RCNNSettings
+from headstart.errors import SettingsError
+from headstart.verbs.finetune import TuneSettings, _Supervised, jitter_scale
+
+
+def supervised(tiny, **tune) -> _Supervised:
+    return _Supervised(detectors.build(RCNNSettings(**tiny)), TuneSettings(**tune)).train()
+
+
+def learning(model) -> set[str]:
+    return {name for name, p in model.detector.module.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_frozen_stages_are_stem_and_first_layers(tiny, stages):
+    model = supervised(tiny, frozen_stages=stages)
+    frozen = ("backbone.body.conv1.", "backbone.body.bn1.", *(f"backbone.body.layer{i + 1}." for i in range(stages)))
+    for name, parameter in model.detector.module.named_parameters():
+        assert parameter.requires_grad == (not name.startswith(frozen)), name
+    body = model.detector.module.backbone.body
+    assert not body.bn1.training
+    assert not body.layer1[0].bn1.training
+    assert body.layer4[0].bn1.training
+
+
+def test_more_stages_than_there_are(tiny):
+    with pytest.raises(SettingsError, match=r"tune.frozen_stages=5: the backbone has 4"):
+        supervised(tiny, frozen_stages=5)
+
+
+def test_fixed_norm_keeps_statistics_and_learns_scale(tiny):
+    model = supervised(tiny, backbone_norm="fixed")
+    assert learning(model) == {name for name, _ in model.detector.module.named_parameters()}
+    body = model.detector.module.backbone.body
+    assert not body.layer3[0].bn1.training
+    assert model.detector.module.backbone.fpn.training
+    before = body.bn1.running_mean.clone()
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[4.0, 4, 40, 40]]), "labels": torch.tensor([1])}
+    model.detector.loss([image], [target])
+    assert torch.equal(body.bn1.running_mean, before)
+
+
+def test_only_some_parts(tiny):
+    model = supervised(tiny, only=["classifier", "regressor"])
+    assert all(name.startswith("roi_heads.box_predictor.") for name in learning(model))
+    assert len(learning(model)) == 4
+    with pytest.raises(SettingsError, match=r"tune.only: no part predictor; this detector has backbone, neck, rpn"):
+        supervised(tiny, only=["predictor"])
+
+
+def test_a_detector_object_comes_back_as_trainable_as_it_was(tiny, scenes, tmp_path):
+    module = detectors.build(RCNNSettings(**tiny, num_classes=6)).module
+    headstart.finetune(
+        module,
+        scenes / "train.json",
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=2,
+        device="cpu",
+        settings={"tune.frozen_stages": 2, "train.workers": 0},
+        show=False,
+    )
+    assert all(p.requires_grad for p in module.parameters())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_scale_jitter_moves_boxes_and_masks_with_the_pixels(seed):
+    """A bright rectangle is still where its box says, whatever scale and cut were drawn."""
+    height, width, canvas = 60, 90, 64
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    boxes = torch.tensor([[10.0, 20, 50, 50], [80.0, 2, 88, 8]])
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    for box, mask in zip(boxes.int().tolist(), masks, strict=True):
+        mask[box[1] : box[3], box[0] : box[2]] = 1
+        image[:, box[1] : box[3], box[0] : box[2]] = 255
+    target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": masks, "image_id": 7}
+    new, moved = jitter_scale(image, target, np.random.default_rng(seed), (0.3, 2.0), canvas)
+    assert new.shape == (3, canvas, canvas)
+    assert moved["masks"].shape == (len(moved["boxes"]), canvas, canvas)
+    assert len(moved["labels"]) == len(moved["boxes"])
+    bright = new[0] > 200
+    for box, mask in zip(moved["boxes"], moved["masks"], strict=True):
+        ys, xs = mask.nonzero(as_tuple=True)
+        around = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (around - box).abs().max() <= 1.5
+        if len(ys) > 16:  # smoothing dims what is smaller
+            assert bright[ys, xs].float().mean() > 0.6
+
+
+def test_scale_one_on_a_canvas_of_its_size_changes_nothing():
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[3.0, 4, 20, 30]]), "labels": torch.tensor([1])}
+    new, moved = jitter_scale(image, target, np.random.default_rng(0), (1.0, 1.0), 40)
+    assert torch.equal(new, image)
+    assert torch.equal(moved["boxes"], target["boxes"])
