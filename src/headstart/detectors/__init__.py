@@ -17,6 +17,8 @@ FAMILIES = {
     "faster_rcnn": "headstart.detectors.rcnn:RCNN",
     "mask_rcnn": "headstart.detectors.rcnn:RCNN",
     "cascade_rcnn": "headstart.detectors.cascade_rcnn:CascadeRCNN",
+    "retinanet": "headstart.detectors.retinanet:RetinaNet",
+    "fcos": "headstart.detectors.fcos:FCOS",
 }
 
 
@@ -59,5 +61,5 @@ def wrap(module: nn.Module) -> Detector:
             return cls(module, None)
     raise SettingsError(
         f"{type(module).__name__}: not a detector of a known family ({', '.join(FAMILIES)}); "
-        "expected a torchvision FasterRCNN or MaskRCNN, or a Headstart detector"
+        "expected a torchvision FasterRCNN, MaskRCNN, RetinaNet or FCOS, or a Headstart detector"
     )
