@@ -7,10 +7,12 @@ import re
 import sys
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
 from timm.models.swin_transformer import SwinTransformer, checkpoint_filter_fn
@@ -370,6 +372,79 @@ def test_haiku_trees_side_by_side_give_the_online_network(tmp_path):
     found = read_backbone(tmp_path / "byol.npz")
     assert len(found.dropped["momentum network"]) == len(target)
     assert_same_features(source, resnet(2), found)
+
+
+def haiku_features(arrays: Mapping[str, np.ndarray], image: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """DeepMind's ResNet v1 with bottlenecks, step by step on its own arrays: (B, 3, H, W) -> (B, C)."""
+
+    def same(x: Tensor, size: int, stride: int, value: float = 0.0) -> Tensor:
+        for dim in (3, 2):
+            missing = max((-(-x.shape[dim] // stride) - 1) * stride + size - x.shape[dim], 0)
+            both = [missing // 2, missing - missing // 2]
+            x = F.pad(x, both if dim == 3 else [0, 0, *both], value=value)
+        return x
+
+    def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        kernel = torch.from_numpy(arrays[f"res_net50/~/{name}/w"].transpose(3, 2, 0, 1).copy())
+        return F.conv2d(same(x, kernel.shape[2], stride), kernel, stride=stride)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        parts = ("scale", "offset", "~/mean_ema/average", "~/var_ema/average")
+        scale, offset, mean, var = (
+            torch.from_numpy(arrays[f"res_net50/~/{name}/{part}"].transpose(0, 3, 1, 2).copy()) for part in parts
+        )
+        return (x - mean) * scale * torch.rsqrt(var + 1e-5) + offset
+
+    x = norm(conv(image, "initial_conv", 2), "initial_batchnorm").relu()
+    x = F.max_pool2d(same(x, 3, 2, -torch.inf), 3, 2)
+    for group, count in enumerate(blocks):
+        for number in range(count):
+            at = f"block_group_{group}/~/block_{number}/~"
+            stride = 2 if group > 0 and number == 0 else 1
+            shortcut = x
+            if number == 0:
+                shortcut = norm(conv(x, f"{at}/shortcut_conv", stride), f"{at}/shortcut_batchnorm")
+            x = norm(conv(x, f"{at}/conv_0"), f"{at}/batchnorm_0").relu()
+            x = norm(conv(x, f"{at}/conv_1", stride), f"{at}/batchnorm_1").relu()
+            x = (norm(conv(x, f"{at}/conv_2"), f"{at}/batchnorm_2") + shortcut).relu()
+    return x.mean((2, 3))
+
+
+def test_haikus_own_computation_agrees_where_both_pad_alike():
+    """Which holds for sides of 32k + 1 pixels; docs/checkpoints.md owns up to the rest."""
+    arrays = haiku(resnet(0), "res_net50")
+    net = resnet(2)
+    net.load_state_dict(to_backbone({key: torch.from_numpy(value.copy()) for key, value in arrays.items()}).state)
+    with torch.no_grad():
+        errors = {}
+        for side in (64, 65):
+            image = F.interpolate(IMAGE, (side, side))
+            errors[side] = (net(image) - haiku_features(arrays, image, (2, 1, 1, 1))).abs().max()
+        assert errors[65] < 1e-4
+        assert errors[64] > 1e-2
+
+
+def test_what_the_docs_say_about_converting_files_works(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    torch_code, _, detcon_code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    source = resnet(0)
+
+    torch.save({"state_dict": source.state_dict(), "note": types.SimpleNamespace()}, "checkpoint.pth")
+    with pytest.raises(WeightsError, match=r"types\.SimpleNamespace"):
+        read_backbone("checkpoint.pth")
+    exec(torch_code, {})
+    assert_same_features(source, resnet(2), read_backbone("checkpoint.safetensors"))
+
+    trees: dict = {"params": {}, "state": {}}
+    for key, value in haiku(source, "res_net50").items():
+        module, leaf = key.rsplit("/", 1)
+        trees["state" if "_ema/" in key else "params"].setdefault(module, {})[leaf] = value
+    np.save("resnet50_detcon_b_imagenet_1k.npy", trees, allow_pickle=True)
+    with pytest.raises(WeightsError, match=r"docs/checkpoints\.md"):
+        read_backbone("resnet50_detcon_b_imagenet_1k.npy")
+    exec(detcon_code, {})
+    assert_same_features(source, resnet(2), read_backbone("detcon_r50.npz"))
 
 
 def test_haiku_files_that_are_two_networks_or_of_another_form():
