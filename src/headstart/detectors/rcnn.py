@@ -104,7 +104,7 @@ class RCNNSettings(RegionSettings):
     def call(self) -> Call:
         """
         Raises:
-            SettingsError: C4 with a backbone that is not a torchvision ResNet.
+            SettingsError: C4 with a backbone that is not a torchvision ResNet, or with several.
         """
         arguments = {**self.arguments(), "masks": self.name == "mask_rcnn"}
         if self.on_pyramid:
@@ -113,6 +113,8 @@ class RCNNSettings(RegionSettings):
             raise SettingsError(
                 f"--backbone {self.backbone}: detector.neck=c4 needs one of {', '.join(backbones.resnets())}"
             )
+        if self.composite > 1:
+            raise SettingsError(f"detector.composite={self.composite}: needs a pyramid, detector.neck=fpn")
         return Call(rcnn_c4, {"name": self.backbone, **arguments})
 
 
