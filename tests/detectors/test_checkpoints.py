@@ -545,17 +545,32 @@ def test_tables_that_can_not_be_resized_stay():
 # --- recognition ---------------------------------------------------------------------------------------------------
 
 
-def test_other_networks_are_recognised_by_the_one_they_are_for():
-    net = torchvision.models.squeezenet1_1()
-    state = under("module.", net.state_dict()) | {"module.queue": torch.rand(2)}
-    found = to_backbone(state, like=net.features.state_dict() | under("features.", net.features.state_dict()))
-    assert found.state.keys() == under("features.", net.features.state_dict()).keys()
+@pytest.mark.parametrize("wrap", ["", "module."])
+def test_other_networks_are_recognised_by_the_one_they_are_for(wrap):
+    """A MobileNet, for example: whole in the file, its features alone in the detector."""
+    net = torchvision.models.mobilenet_v2(width_mult=0.1)
+    state = under(wrap, net.state_dict()) | {f"{wrap}queue": torch.rand(2)}
+    found = to_backbone(state, like=net.features.state_dict())
+    assert (found.layout, found.network) == ("plain", f"{wrap}features.")
+    net.features.load_state_dict(found.state)
     assert found.dropped == {
-        "queue": ["module.queue"],
-        "classifier": ["module.classifier.1.weight", "module.classifier.1.bias"],
+        "classifier": [f"{wrap}classifier.1.weight", f"{wrap}classifier.1.bias"],
+        "queue": [f"{wrap}queue"],
     }
     with pytest.raises(WeightsError, match="no known layout"):
         to_backbone(state, like={"stem.0.weight": torch.zeros(1)})
+    with pytest.raises(WeightsError, match="no known layout"):
+        to_backbone(state)
+
+
+def test_other_networks_of_timms_whole_or_features_only():
+    like = {f"stages_{i}.conv.weight": torch.zeros(1) for i in range(4)}
+    state = {f"stages.{i}.conv.weight": torch.ones(1) for i in range(2)} | head("head")
+    found = to_backbone(state, like=like)
+    assert list(found.state) == ["stages.0.conv.weight", "stages.1.conv.weight"]
+    assert found.dropped == {"head": ["head.weight", "head.bias"]}
+    with pytest.raises(WeightsError, match="no known layout"):  # fewer than half
+        to_backbone({"stages.0.conv.weight": torch.ones(1)}, like=like)
 
 
 def test_unknown_and_ambiguous_files_are_refused():

@@ -19,7 +19,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from headstart.detectors.weights import read_state
@@ -126,7 +125,7 @@ def _swin(state: Mapping[str, Tensor], prefix: str, others: Reasons, source: str
     def plain(key: str) -> str | None:
         if re.search(r"(relative_position_index|relative_coords_table|attn_mask)$", key):
             return None
-        key = _whole_swin(key)
+        key = _whole(key)
         if shift:
             key = re.sub(r"^layers\.(\d+)\.downsample\.", lambda m: f"layers.{int(m[1]) + 1}.downsample.", key)
         return key if re.match(r"(patch_embed|layers|norm)\.|absolute_pos_embed$", key) else None
@@ -134,9 +133,9 @@ def _swin(state: Mapping[str, Tensor], prefix: str, others: Reasons, source: str
     return _renamed(state, prefix, others, plain)
 
 
-def _whole_swin(key: str) -> str:
+def _whole(key: str) -> str:
     """timm's features_only models have ``layers_0`` where the whole model has ``layers.0``."""
-    return re.sub(r"^layers_(\d+)\.", r"layers.\1.", key)
+    return re.sub(r"^([a-z]+)_(\d+)\.", r"\1.\2.", key)
 
 
 WITHIN = (
@@ -331,9 +330,10 @@ def to_backbone(
 
     Args:
         source: the file, for messages.
-        like: the state of the network that the weights are for, under the same plain names (timm's ``layers_0`` for
-            ``layers.0`` is fine). Swin's tables of relative positions are resized to its shapes. Networks that are
-            neither ResNet nor Swin are recognised by it alone: at least half of its keys are in the file.
+        like: the state of the one backbone that the weights are for, under timm's or torchvision's names, those of
+            features_only models (``layers_0``) included. Swin's tables of relative positions are resized to its shapes.
+            Networks that are neither ResNet nor Swin are recognised by it alone: at least half of its keys are in the
+            file, perhaps with a leading ``module.`` or ``features.``.
 
     Raises:
         WeightsError: the layout is not known, or several would do.
@@ -345,7 +345,8 @@ def to_backbone(
     layout, network = _choose(state, source)
     kept, dropped = network.kind.convert(state, network.prefix, layout.others + OTHERS, source)
     result = BackboneState(layout.name, network.prefix, kept, dropped)
-    _fit_tables(result, {} if like is None else like)
+    if like is not None:
+        _fit_tables(result, like)
     return result
 
 
@@ -387,14 +388,15 @@ def _choose(state: Mapping[str, Tensor], source: str) -> tuple[Layout, Network]:
 
 
 def _as_it_is(state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> BackboneState | None:
-    for prefix in ("", "module."):
-        kept = {key: state[prefix + key] for key in like if prefix + key in state}
-        if kept and 2 * len(kept) >= len(like):
+    wanted = {_whole(key) for key in like}
+    for prefix in ("", "module.", "features.", "module.features."):
+        own = {key: key[len(prefix) :] for key in state if key.startswith(prefix)}
+        own = {key: name for key, name in own.items() if _whole(name) in wanted}
+        if own and 2 * len(own) >= len(wanted):
             dropped: Dropped = {}
-            for key in state:
-                if key.removeprefix(prefix) not in kept:
-                    dropped.setdefault(_reason(key, OTHERS), []).append(key)
-            return BackboneState("plain", prefix, kept, dropped)
+            for key in (key for key in state if key not in own):
+                dropped.setdefault(_reason(key, OTHERS), []).append(key)
+            return BackboneState("plain", prefix, {name: state[key] for key, name in own.items()}, dropped)
     return None
 
 
@@ -403,12 +405,14 @@ def _fit_tables(backbone: BackboneState, like: Mapping[str, Tensor]) -> None:
 
     Tables of other numbers of heads, or of windows that are not square, stay; loading reports that they do not fit.
     """
-    wanted = {_whole_swin(key): value.shape for key, value in like.items()}
+    wanted = {_whole(key): value.shape for key, value in like.items()}
     for key, table in backbone.state.items():
         shape = wanted.get(key, table.shape)
         if not key.endswith("relative_position_bias_table") or shape == table.shape or shape[1:] != table.shape[1:]:
             continue
         window = (math.isqrt(shape[0]) + 1) // 2
         if (2 * window - 1) ** 2 == shape[0] and math.isqrt(table.shape[0]) ** 2 == table.shape[0]:
+            from timm.layers import resize_rel_pos_bias_table  # half a second, which others need not wait for
+
             backbone.state[key] = resize_rel_pos_bias_table(table, (window, window), tuple(shape))
             backbone.resized.append((key, list(table.shape), list(shape)))
