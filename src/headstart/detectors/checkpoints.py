@@ -73,6 +73,7 @@ class Layout:
     """How a project names what it saves.
 
     Attributes:
+        about: whose files, for messages.
         prefix: pattern of the prefix of the network that is used downstream.
         needs: pattern that some key of the file has, where the prefix alone does not tell layouts apart.
         without: pattern that no key of the file has.
@@ -377,7 +378,7 @@ def _choose(state: Mapping[str, Tensor], source: str) -> tuple[Layout, Network]:
     known = ", ".join(layout.name for layout in LAYOUTS)
     keys = ", ".join(list(state)[:4])
     if fitting:
-        found = " or ".join(f"{layout.name} under {network.prefix!r}" for layout, network in fitting)
+        found = " or ".join(f"{layout.name} under {network.prefix!r} ({layout.about})" for layout, network in fitting)
         raise WeightsError(f"{source}: could be {found}; keep one network in the file. Its first keys: {keys}, ...")
     found = ", ".join(repr(network.prefix) for network in networks)
     raise WeightsError(
