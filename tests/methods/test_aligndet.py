@@ -1,0 +1,299 @@
+"""AlignDet against plain, slow references written from the paper's text."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from headstart import detectors
+from headstart.errors import SettingsError
+from headstart.methods.aligndet import AlignDet, AlignDetSettings, info_nce, numbers
+from headstart.methods.method import collate_views
+from headstart.verbs.pretrain import Pretraining
+from headstart.views import View
+
+BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
+COMMON = {"backbone": "resnet18", "fpn_channels": 8, "short_side_px": 64, "long_side_px": 96}
+FAMILIES = {
+    "faster_rcnn": {"head_width": 16, "anchor_px": [8, 16, 32, 64, 96], "proposals_train": 32},
+    "cascade_rcnn": {"head_width": 16, "anchor_px": [8, 16, 32, 64, 96], "proposals_train": 32},
+    "retinanet": {},
+    "fcos": {},
+}
+
+
+def detector(family: str = "faster_rcnn"):
+    torch.manual_seed(0)
+    return detectors.build(detectors.parse_settings({"name": family, **COMMON, **FAMILIES[family]}))
+
+
+def aligndet(wrapped, **settings) -> AlignDet:
+    method = AlignDet(AlignDetSettings(**{"hidden": 16, "dim": 12, **settings}))
+    method.settle(wrapped, total_steps=100)
+    return method
+
+
+class Views:
+    def __init__(self, views):
+        self.views = views
+
+
+def batch(method, photo, boxes=BOXES, count: int = 2):
+    return collate_views([method.views(photo, boxes, np.random.default_rng(i)) for i in range(count)])
+
+
+# ---- loss_con -------------------------------------------------------------------------------------------------------
+
+
+def plain_info_nce(z1, z2, p1, p2, T):
+    """-log of a pair's share among itself and all predictions of both views that answer for other proposals."""
+    z1, z2, p1, p2 = z1.tolist(), z2.tolist(), p1.tolist(), p2.tolist()
+    dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))
+    by_proposal: dict[int, list[float]] = {}
+    for i, a in enumerate(z1):
+        negatives = sum(math.exp(dot(a, z1[k]) / T) for k in range(len(z1)) if p1[k] != p1[i])
+        negatives += sum(math.exp(dot(a, z2[k]) / T) for k in range(len(z2)) if p2[k] != p1[i])
+        for j, b in enumerate(z2):
+            if p2[j] == p1[i]:
+                pair = math.exp(dot(a, b) / T)
+                by_proposal.setdefault(p1[i], []).append(-math.log(pair / (pair + negatives)))
+    means = [sum(pairs) / len(pairs) for pairs in by_proposal.values()]
+    return sum(means) / len(means) if means else 0.0
+
+
+def drawn(m1, m2, proposals, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    z = [torch.nn.functional.normalize(torch.randn(m, 6, generator=g, dtype=torch.float64), dim=1) for m in (m1, m2)]
+    p = [torch.randint(0, proposals, (m,), generator=g) for m in (m1, m2)]
+    return (*z, *p)
+
+
+@pytest.mark.parametrize(("m1", "m2", "proposals"), [(7, 9, 4), (20, 5, 3), (6, 6, 50), (1, 1, 1), (12, 12, 1)])
+@pytest.mark.parametrize("T", [0.5, 0.07])
+def test_contrast_is_info_nce_over_the_pairs_of_each_proposal(m1, m2, proposals, T):
+    z1, z2, p1, p2 = drawn(m1, m2, proposals)
+    assert info_nce(z1, z2, p1, p2, T).item() == pytest.approx(plain_info_nce(z1, z2, p1, p2, T), abs=1e-9)
+
+
+def test_more_than_256_proposals_in_a_batch():
+    """The released code's labels are limited by the width of the embedding."""
+    z1, z2, _, _ = drawn(400, 400, 2)
+    p = torch.arange(400)
+    assert info_nce(z1, z2, p, p, 0.5).item() == pytest.approx(plain_info_nce(z1, z2, p, p, 0.5), abs=1e-9)
+
+
+def test_no_predictions_no_loss_but_a_graph():
+    z = torch.zeros(0, 6, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    loss = info_nce(z, torch.zeros(0, 6), none, none, 0.5)
+    loss.backward()
+    assert loss.item() == 0
+    z1, z2, p1, _ = drawn(3, 4, 2)
+    z1.requires_grad_()
+    loss = info_nce(z1, z2, p1, torch.full((4,), 99), 0.5)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.isfinite(z1.grad).all()
+
+
+def test_order_of_predictions_does_not_matter():
+    z1, z2, p1, p2 = drawn(10, 12, 4)
+    a, b = torch.randperm(10), torch.randperm(12)
+    torch.testing.assert_close(info_nce(z1, z2, p1, p2, 0.5), info_nce(z1[a], z2[b], p1[a], p2[b], 0.5))
+
+
+# ---- the whole step, on every family that can match -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_contrast_and_the_detectors_own(family, photo):
+    wrapped = detector(family)
+    method = aligndet(wrapped)
+    model = Pretraining(method, wrapped).train()
+    views = batch(method, photo)
+    terms = model(Views(views))
+    assert "contrast" in terms
+    assert len(terms) > 1
+    _, targets = model._seen
+    torch.manual_seed(0)
+    with torch.no_grad():
+        online = method.predict(model.student, views[0], losses=True)
+    z = [torch.nn.functional.normalize(m.embeddings, dim=1) for m in (online, targets)]
+    p = numbers(online, views[0]), numbers(targets, views[1])
+    assert len(online.box) > 0
+    assert terms["contrast"].item() == pytest.approx(plain_info_nce(*z, *p, 0.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_backbone_is_frozen_and_everything_behind_it_learns(family, photo):
+    wrapped = detector(family)
+    method = aligndet(wrapped)
+    before = {k: v.clone() for k, v in wrapped.module.state_dict().items()}
+    model = Pretraining(method, wrapped).train()
+    sum(model(Views(batch(method, photo))).values()).backward()
+    trained = set(method.trained_parts(wrapped))
+    assert "backbone" not in trained
+    assert "classifier" not in trained
+    for name, part in wrapped.parts.items():
+        for key, parameter in part.named_parameters():
+            if name in trained:
+                assert parameter.grad is not None, f"{name} {key}"
+            else:
+                assert not parameter.requires_grad
+                assert parameter.grad is None, f"{name} {key}"
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.after_step(0, 10)
+    backbone = wrapped.part_state(["backbone"])
+    assert all(torch.equal(before[k], v) for k, v in backbone.items()), "weights, or batch norm statistics, moved"
+    assert any(not torch.equal(before[k], v) for k, v in wrapped.part_state(["neck"]).items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("counts", [(0, 0), (0, 3), (1, 0)])
+def test_images_without_proposals(family, counts, photo):
+    """In one image, or in all: finite losses, and a gradient for every parameter that learns."""
+    wrapped = detector(family)
+    method = aligndet(wrapped)
+    model = Pretraining(method, wrapped).train()
+    samples = [method.views(photo, BOXES[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
+    terms = model(Views(collate_views(samples)))
+    assert all(torch.isfinite(term) for term in terms.values()), terms
+    sum(terms.values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert torch.isfinite(parameter.grad).all(), name
+    assert math.isfinite(model.watch()["matched"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batched_is_single(family, photo):
+    """Two images of different sizes, padded together: each one's predictions are those it gets alone."""
+    wrapped = detector(family).eval()
+    method = aligndet(wrapped, most=100_000)
+    net = Pretraining(method, wrapped).eval().student
+    a = View(photo[:48, :64], BOXES[:1], np.array([0]))
+    b = View(photo[:60, :80], BOXES[1:4], np.array([1, 2, 3]))
+
+    def pad(view):  # to multiples of 32, as a batch is
+        image = np.zeros((64, 96, 3), np.uint8)
+        image[: view.size[0], : view.size[1]] = view.image
+        return image
+
+    together = collate_views([[a], [b]])[0]
+    with torch.no_grad():
+        both = method.predict(net, together, losses=False)
+        for index, view in enumerate((a, b)):
+            alone_view = collate_views([[view], [view]])[0]
+            alone_view.images = torch.from_numpy(np.stack([pad(view)] * 2)).permute(0, 3, 1, 2)
+            assert together.images.shape == alone_view.images.shape
+            alone = method.predict(net, alone_view, losses=False)
+            mine, first = both.image == index, alone.image == 0
+            assert mine.any()
+            assert torch.equal(both.box[mine], alone.box[first])
+            torch.testing.assert_close(both.embeddings[mine], alone.embeddings[first], atol=1e-4, rtol=1e-4)
+
+
+def test_both_views_are_regressed_where_asked(photo):
+    wrapped = detector("fcos")
+    model = Pretraining(aligndet(wrapped, regress="both"), wrapped).eval()
+    views = batch(model.method, photo)
+    with torch.no_grad():
+        terms = model(Views(views))
+        each = [model.method.predict(model.student, view, losses=True).losses for view in views]
+    for name, first in each[0].items():
+        torch.testing.assert_close(terms[name], (first + each[1][name]) / 2)
+
+
+def test_teacher_moves_by_ema_only(photo):
+    wrapped = detector("retinanet")
+    method = aligndet(wrapped)
+    model = Pretraining(method, wrapped).train()
+    key = "module.backbone.fpn.inner_blocks.0.0.weight"
+    student, teacher = (dict(net.detector.named_parameters())[key] for net in (model.student, model.teacher))
+    before = teacher.clone()
+    sum(model(Views(batch(method, photo))).values()).backward()
+    assert teacher.grad is None
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    model.after_step(0, 100)
+    torch.testing.assert_close(teacher.data, 0.996 * before + 0.004 * student.data)
+
+
+# ---- views ----------------------------------------------------------------------------------------------------------
+
+
+def test_views_keep_all_boxes_their_ids_and_the_aspect_ratio(photo):
+    method = aligndet(detector(), colour=0.0)
+    assert method.settings.short_side_px == (51, 64)
+    sizes = set()
+    for seed in range(10):
+        first, second = method.views(photo, BOXES, np.random.default_rng(seed))
+        for view in (first, second):
+            height, width = view.size
+            assert 51 <= min(height, width) <= 64
+            assert abs(width / height - 80 / 60) < 0.03
+            assert view.ids.tolist() == [0, 1, 2, 3, 4]
+            plain = BOXES * np.tile([width / 80, height / 60], 2)
+            mirrored = np.stack([width - plain[:, 2], plain[:, 1], width - plain[:, 0], plain[:, 3]], axis=1)
+            assert np.allclose(view.boxes, plain, atol=1e-3) or np.allclose(view.boxes, mirrored, atol=1e-3)
+            sizes.add(view.size)
+    assert len(sizes) > 5
+
+
+def test_the_long_side_wins(photo):
+    method = aligndet(detector(), short_side_px=(64, 64), long_side_px=70)
+    for view in method.views(photo, BOXES, np.random.default_rng(0)):
+        assert max(view.size) == 70
+
+
+def test_k_proposals_the_same_in_both_views(photo):
+    first, second = aligndet(detector(), K=3).views(photo, BOXES, np.random.default_rng(0))
+    assert len(first.ids) == 3
+    assert first.ids.tolist() == second.ids.tolist()
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_paper():
+    region, dense = detector("faster_rcnn"), detector("retinanet")
+    assert aligndet(region).settings.most == 4096
+    assert aligndet(dense).settings.most == 2048
+    method = AlignDet(AlignDetSettings())
+    assert method.settings.T == 0.5
+    assert method.momentum(0, 10) == pytest.approx(0.996)
+    assert method.momentum(10, 10) == pytest.approx(1.0)
+    assert method.epochs == 12
+    for wrapped, lr in ((region, 0.02), (dense, 0.01)):
+        advised = method.optimizer(wrapped, 16)
+        assert (advised.optimizer, advised.base_lr, advised.base_batch) == ("sgd", lr, 16)
+        assert (advised.schedule, advised.warmup_steps, advised.weight_decay) == ("steps", 500, 1e-4)
+        assert advised.drops == pytest.approx([8 / 12, 11 / 12])
+
+
+def test_exported_are_neck_and_heads_without_the_last_layers():
+    method = AlignDet(AlignDetSettings())
+    assert list(method.exported_parts(detector("faster_rcnn"))) == ["backbone", "neck", "rpn", "head"]
+    assert list(method.exported_parts(detector("retinanet"))) == ["backbone", "neck", "head"]
+    assert list(method.exported_parts(detector("cascade_rcnn"))) == ["backbone", "neck", "rpn", "head", "later_heads"]
+
+
+def test_a_random_backbone_is_refused(tmp_path, scenes):
+    import headstart
+
+    with pytest.raises(SettingsError, match="aligndet freezes the backbone.*--start"):
+        headstart.pretrain(
+            "fcos", scenes / "unlabelled", "aligndet", backbone="resnet18", out=tmp_path / "x", show=False
+        )
+
+
+def test_a_detector_that_can_not_match_is_refused():
+    class Odd:
+        family = "odd"
+        abilities = frozenset()
+
+    with pytest.raises(SettingsError, match="odd can't say which prediction answers"):
+        AlignDet(AlignDetSettings()).settle(Odd(), 10)
