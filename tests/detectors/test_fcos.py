@@ -92,3 +92,12 @@ def test_assignment_does_not_see_the_padding(detector):
         padded = detector.match(wide, torch.tensor([[128, 128]]), targets, projector, 10**6)
     assert set(alone.box.tolist()) == {0, 1, 2}
     assert torch.equal(alone.box, padded.box)
+
+
+def test_the_last_level_has_no_end(detector):
+    """A side 1280 px away is ten times its unit."""
+    anchors, counts = detector.anchors(torch.zeros(1, 3, 256, 2560), maps(256, 2560))
+    boxes = torch.tensor([[0.0, 0, 2560, 256], [600, 20, 1500, 240]])
+    found = detector.assign(anchors, boxes, counts)
+    assert found.tolist() == by_loops(256, 2560, boxes.tolist())
+    assert 0 in found[-counts[-1] :]
