@@ -25,12 +25,14 @@ _VERBS = {
     "finetune": "headstart.verbs.finetune",
     "evaluate": "headstart.verbs.evaluate",
     "report": "headstart.verbs.report",
+    "export": "headstart.verbs.export",
 }
 
-__all__ = ["__version__", "evaluate", "finetune", "pretrain", "preview", "propose", "report"]
+__all__ = ["__version__", "evaluate", "export", "finetune", "pretrain", "preview", "propose", "report"]
 
 if TYPE_CHECKING:
     from headstart.verbs.evaluate import evaluate
+    from headstart.verbs.export import export
     from headstart.verbs.finetune import finetune
     from headstart.verbs.pretrain import pretrain
     from headstart.verbs.preview import preview

@@ -399,6 +399,32 @@ def report(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, pretrained or fine-tuned.", metavar="RUN")],
+    to: Annotated[
+        str, typer.Option("--to", help="torchvision, detectron2, mmdetection, or timm (the backbone alone).")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write.  \\[default: TO.safetensors in the run folder]")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors, or pth for that library's own loaders.  \\[default: as --out]"),
+    ] = None,
+) -> None:
+    """Write a run's weights under the names and in the layouts of another library, and say how to load them there."""
+    from headstart.verbs.export import export as write
+
+    done = write(run, to, out, format=format)
+    results.print(done.table())
+    if done.settings:
+        results.print("\nThe model there has to be set to:")
+        for key, value in done.settings.items():
+            results.print(f"  {key} = {value!r}", markup=False, soft_wrap=True)
+    results.print(f"\nLoad it:\n  {done.loading}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that come with Headstart: numbers of one experiment of a paper each."""
     from headstart.recipes import FOLDER, names

@@ -22,6 +22,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSRegressionHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
@@ -105,8 +106,12 @@ def retinanet(v2: bool) -> RetinaNet:
     return RetinaNet(pyramid(3, p6="c5" if v2 else "p5"), CLASSES + 1, anchor_generator=anchors, head=head)
 
 
-def fcos() -> FCOS:
-    return FCOS(pyramid(3, p6="p5"), CLASSES + 1)
+def fcos(norm: bool = True) -> FCOS:
+    module = FCOS(pyramid(3, p6="p5"), CLASSES + 1)
+    if not norm:
+        module.head.classification_head = FCOSClassificationHead(WIDTH, 1, CLASSES + 1, norm_layer=nn.Identity)
+        module.head.regression_head = FCOSRegressionHead(WIDTH, 1, norm_layer=nn.Identity)
+    return module
 
 
 def cascade(v2: bool) -> dict[str, Tensor]:
@@ -137,6 +142,7 @@ MODULES = {
     "retinanet": lambda: retinanet(False),
     "retinanet_v2": lambda: retinanet(True),
     "fcos": fcos,
+    "fcos_plain": lambda: fcos(False),
 }
 
 
@@ -169,7 +175,7 @@ def test_there_and_back(family, library):
     expected = {k: v for k, v in state.items() if library is mmdetection or not k.endswith("num_batches_tracked")}
     assert back.keys() == expected.keys()
     for key, value in expected.items():
-        if key == "head.regression_head.bbox_reg.bias" and family == "fcos":
+        if key == "head.regression_head.bbox_reg.bias" and family.startswith("fcos"):
             torch.testing.assert_close(back[key], value, rtol=0, atol=1e-7)  # half a stride more, and less again
         elif re.search(r"box_predictor\.bbox_pred", key):
             assert torch.equal(back[key][4:], value[4:])
@@ -563,9 +569,10 @@ def test_rpn_channels_of_several_sizes_belong_to_the_same_anchors(library):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("library", [detectron2, mmdetection], ids=lambda module: module.NAME)
-def test_fcos_boxes_agree_from_other_places(library):
-    module = randomised(fcos())
+def test_fcos_boxes_agree_from_other_places(library, norm):
+    module = randomised(fcos(norm))
     module.head.regression_head.bbox_reg.bias.fill_(3.0)  # boxes larger than a stride: nothing is cut off at zero
     stride, height, width = 8, 3, 4
     x = torch.randn(1, WIDTH, height, width, generator=torch.Generator().manual_seed(3))
@@ -578,11 +585,11 @@ def test_fcos_boxes_agree_from_other_places(library):
     state = library.from_torchvision(module.state_dict(), "resnet18").state
     if library is detectron2:
         plain = PlainDetectron2(state)
-        classes, values, tower = plain.dense(x, 3)
+        classes, values, tower = plain.dense(x, 3 if norm else 2)
         centreness = plain.conv(tower, "head.ctrness")
     else:
         plain = PlainMMDetection(state)
-        classes, values, tower = plain.dense(x, "conv", "gn")
+        classes, values, tower = plain.dense(x, "conv", "gn" if norm else None)
         centreness = plain.conv(tower, "bbox_head.conv_centerness")  # centerness_on_reg
         values = values * state["bbox_head.scales.0.scale"]
     sides = values.relu() * stride  # left, top, right, bottom, from the middle of a cell
@@ -632,6 +639,8 @@ def test_timm_backbones(name, size, after):
         whole.forward_features(x)
         found = caught[0]
     assert torch.equal(found, expected)
+    if name.startswith("swin"):  # called swin_t for short
+        assert timm_format.from_torchvision(state, "swin_t").state.keys() == made.state.keys()
     back = timm_format.to_torchvision(made.state, name)
     assert back.keys() == {key for key in state if key.startswith("backbone.")}
     assert all(torch.equal(value, state[key]) for key, value in back.items())
@@ -683,11 +692,19 @@ def test_what_a_library_lacks_is_refused_with_the_reason():
     }
     with pytest.raises(SettingsError, match="norms has them on P6 and P7 too"):
         mmdetection.from_torchvision(normed, "resnet18")
+    towers = {f"head.regression_head.conv.0.{k}": torch.ones(24, 24, 3, 3) for k in ("0.weight", "1.weight")}
+    with pytest.raises(SettingsError, match="its group norms have 32 groups, those of a head 24 channels wide 24 "):
+        detectron2.from_torchvision(towers, "resnet18")
     towers = {"head.classification_head.conv.0.1.running_mean": torch.ones(1)}
     with pytest.raises(SettingsError, match="one for each level there"):
         detectron2.from_torchvision(towers, "resnet18")
-    with pytest.raises(SettingsError, match="timm has no network called resnet5"):
-        timm_format.from_torchvision({}, "resnet5")
+    for library in (timm_format, mmdetection):
+        with pytest.raises(SettingsError, match="timm has no network called mobilenet_v2"):  # that is torchvision's
+            library.from_torchvision({}, "mobilenet_v2")
+    other_units = {"backbone": "resnet18", "anchor_px": [4, 8, 16, 32, 64], **STATISTICS_OF_IMAGES}
+    for library in (detectron2, mmdetection):
+        with pytest.raises(SettingsError, match=r"strides \[8, 16, 32, 64, 128\].*this one in \[4, 8, 16, 32, 64\] px"):
+            library.model_settings(weights_of("fcos"), other_units)
     with pytest.raises(SettingsError, match="timm's resnet18 has no layer9"):
         timm_format.from_torchvision({"backbone.body.layer9.weight": torch.ones(1)}, "resnet18")
 
@@ -742,7 +759,12 @@ STATISTICS_OF_IMAGES = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229
 
 
 def test_settings_of_the_model_there():
-    described = {"backbone": "resnet18", "anchor_px": [8, 16, 32, 64, 96], **STATISTICS_OF_IMAGES}
+    described = {
+        "backbone": "resnet18",
+        "fpn_channels": WIDTH,
+        "anchor_px": [8, 16, 32, 64, 96],
+        **STATISTICS_OF_IMAGES,
+    }
     wanted = detectron2.model_settings(weights_of("faster_rcnn_v2"), described)
     assert wanted["INPUT.FORMAT"] == "RGB"
     assert wanted["MODEL.PIXEL_MEAN"] == [123.675, 116.28, 103.53]
@@ -769,9 +791,28 @@ def test_settings_of_the_model_there():
     assert dense["model.neck.add_extra_convs"] == "on_output"
     assert dense["model.neck.relu_before_extra_convs"] is True
     assert mmdetection.model_settings(weights_of("retinanet_v2"), described)["model.neck.add_extra_convs"] == "on_input"
+    from_c5 = mmdetection.model_settings(weights_of("retinanet"), described | {"p6_from": "c5"})
+    assert from_c5["model.neck.add_extra_convs"] == "on_input"
+    described["anchor_px"] = [8, 16, 32, 64, 128]
     points = mmdetection.model_settings(weights_of("fcos"), described)
     assert points["model.bbox_head.norm_on_bbox"] is True
     assert points["model.bbox_head.conv_bias"] is True
+    assert points["model.bbox_head.norm_cfg.num_groups"] == 32
+    assert mmdetection.model_settings(weights_of("fcos_plain"), described)["model.bbox_head.norm_cfg"] is None
+    stages = mmdetection.model_settings(weights_of("cascade_rcnn_v2"), described | {"num_classes": CLASSES})
+    assert all(stages[f"model.roi_head.bbox_head.{k}.num_classes"] == CLASSES for k in range(3))
+    assert stages["model.roi_head.bbox_head.1.type"] == "Shared4Conv1FCBBoxHead"
+    stages = detectron2.model_settings(weights_of("cascade_rcnn"), described | {"num_classes": CLASSES})
+    assert stages["MODEL.ROI_HEADS.NAME"] == "CascadeROIHeads"
+    assert stages["MODEL.ROI_HEADS.NUM_CLASSES"] == CLASSES
+    described["anchor_px"] = [16, 32, 64, 128, 256]
+    assert mmdetection.model_settings(weights_of("faster_rcnn"), described)[
+        "model.rpn_head.anchor_generator.scales"
+    ] == [1]
+    dense = mmdetection.model_settings(weights_of("retinanet"), described)
+    assert dense["model.bbox_head.anchor_generator.base_sizes"] == described["anchor_px"]
+    dense = detectron2.model_settings(weights_of("retinanet"), described)
+    assert dense["MODEL.ANCHOR_GENERATOR.SIZES"][0] == [16, 20, 25]
     wrapped = mmdetection.model_settings({}, {"backbone": "convnext_atto", **STATISTICS_OF_IMAGES})
     assert wrapped["model.backbone.model_name"] == "convnext_atto"
 

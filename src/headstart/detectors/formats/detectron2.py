@@ -26,14 +26,18 @@ from headstart.detectors.formats.renaming import (
     Layout,
     Rule,
     Translated,
+    anchor_octave,
     anchor_rows,
     anchors_of,
     background_last,
+    check_units,
     count,
     dense_classes,
+    groups_of,
     is_resnet,
     point_offset,
     refuse_composite,
+    resnet_depth,
     split_shared_stage,
     translate,
     translate_back,
@@ -70,6 +74,11 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
     form = Form.of(kept)
     if any(re.match(r"head\..*\.running_mean", key) for key in kept):
         raise SettingsError(f"--to {NAME}: a dense head with batch norm has one for each level there, here one for all")
+    if form.tower_norm and groups_of(form.tower_width(kept) or 32) != 32:
+        raise SettingsError(
+            f"--to {NAME}: its group norms have 32 groups, those of a head {form.tower_width(kept)} channels wide "
+            f"{groups_of(form.tower_width(kept))} (detector.fpn_channels)"
+        )
     made = translate(kept, _rules(form), _layouts(form, kept.get(_REGRESSION), kept), NAME)
     if form.tower_norm and not form.point_towers:
         made |= {_bias_of(name): made[name].new_zeros(len(made[name])) for name in made if _TOWER.fullmatch(name)}
@@ -100,7 +109,7 @@ def to_torchvision(state: Mapping[str, Tensor], backbone: str = "resnet50") -> d
         rpn_convs=max(1, count(kept, r"proposal_generator\.rpn_head\.conv\.conv(\d+)\.")),
         box_convs=max(0, count(kept, r"roi_heads\.box_head(?:\.\d+)?\.conv(\d+)\.") - 1),
         point_towers=points,
-        tower_norm=norm or points,
+        tower_norm=norm,
     )
     if form.tower_norm and not points:
         for name in [_bias_of(name) for name in kept if _TOWER.fullmatch(name)]:
@@ -189,11 +198,9 @@ def _rules(form: Form) -> list[Rule]:
     ]
     for ours, theirs in (("classification", "cls"), ("regression", "bbox")):
         tower, subnet = f"head.{ours}_head.conv", f"head.{theirs}_subnet"
-        if form.point_towers:
-            rules.append(Rule(f"{tower}.<k>.<p>", f"{subnet}.<k>.<p>"))
-        else:
-            rules.append(Rule(f"{tower}.<k>.0.<p>", f"{subnet}.<k*{3 if form.tower_norm else 2}>.<p>"))
-            rules.append(Rule(f"{tower}.<k>.1.<p>", f"{subnet}.<k*3+1>.<p>"))
+        conv, norm = ("<k*3>", "<k*3+1>") if form.point_towers else ("<k>.0", "<k>.1")
+        rules.append(Rule(f"{tower}.{conv}.<p>", f"{subnet}.<k*{3 if form.tower_norm else 2}>.<p>"))
+        rules.append(Rule(f"{tower}.{norm}.<p>", f"{subnet}.<k*3+1>.<p>"))
     return rules
 
 
@@ -220,20 +227,24 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     Args:
         state: the detector's weights, under torchvision's names.
         settings: what it was built from.
+
+    Raises:
+        SettingsError: no configuration there can say it.
     """
     form = Form.of(state)
+    check_units(form, settings, NAME)
     backbone = str(settings["backbone"])
-    depth = re.search(r"\d+", backbone)
+    depth = resnet_depth(backbone)
     groups = re.search(r"_(\d+)x(\d+)d", backbone)
     wanted: dict[str, Any] = {
         "INPUT.FORMAT": "RGB",
         "MODEL.PIXEL_MEAN": [round(255 * value, 4) for value in settings["image_mean"]],
         "MODEL.PIXEL_STD": [round(255 * value, 4) for value in settings["image_std"]],
-        "MODEL.RESNETS.DEPTH": int(depth[0]) if depth else None,
+        "MODEL.RESNETS.DEPTH": depth,
         "MODEL.RESNETS.STRIDE_IN_1X1": False,
         "MODEL.RESNETS.NORM": "BN",
     }
-    if depth and int(depth[0]) < 50:
+    if depth < 50:
         wanted["MODEL.RESNETS.RES2_OUT_CHANNELS"] = 64
     if groups:
         wanted |= {"MODEL.RESNETS.NUM_GROUPS": int(groups[1]), "MODEL.RESNETS.WIDTH_PER_GROUP": int(groups[2])}
@@ -243,9 +254,14 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     if lateral is not None:
         wanted["MODEL.FPN.OUT_CHANNELS"] = len(lateral)
         wanted["MODEL.FPN.NORM"] = "BN" if "backbone.fpn.inner_blocks.0.1.weight" in state else ""
-    if "anchor_px" in settings and form.rpn_convs:
+    if "anchor_px" in settings and not form.point_towers:
         sides = list(settings["anchor_px"])
-        wanted["MODEL.ANCHOR_GENERATOR.SIZES"] = [[side] for side in sides] if form.body else [sides]
+        levels = [[side] for side in sides] if form.rpn_convs else [anchor_octave(side) for side in sides]
+        wanted["MODEL.ANCHOR_GENERATOR.SIZES"] = levels if form.body else [sides]
+    if any(key.startswith("roi_heads.box_heads.") for key in state):
+        wanted |= {"MODEL.ROI_HEADS.NAME": "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True}
+    if settings.get("num_classes"):
+        wanted[f"MODEL.{'ROI_HEADS' if form.rpn_convs else 'RETINANET'}.NUM_CLASSES"] = settings["num_classes"]
     if form.rpn_convs > 1:
         wanted["MODEL.RPN.CONV_DIMS"] = [-1] * form.rpn_convs
     if any(key.startswith("roi_heads.") for key in state):
@@ -257,12 +273,11 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         wanted |= {"MODEL.ROI_BOX_HEAD.NUM_CONV": form.box_convs, "MODEL.ROI_BOX_HEAD.FC_DIM": len(linear)}
         wanted["MODEL.ROI_BOX_HEAD.NUM_FC"] = 1 if form.box_convs else 2
         if form.box_convs:
-            wanted |= {"MODEL.ROI_BOX_HEAD.CONV_DIM": len(lateral) if lateral is not None else None}
-            wanted["MODEL.ROI_BOX_HEAD.NORM"] = "BN"
+            wanted |= {"MODEL.ROI_BOX_HEAD.NORM": "BN", "MODEL.ROI_BOX_HEAD.CONV_DIM": settings["fpn_channels"]}
     p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
-    if p6 is not None and p6.shape[0] == p6.shape[1]:
+    if p6 is not None and (settings.get("p6_from") or ("p5" if p6.shape[0] == p6.shape[1] else "c5")) == "p5":
         wanted["model.backbone.top_block.in_feature"] = "p5"  # of a lazy configuration; YAML's is always res5
-    return {key: value for key, value in wanted.items() if value is not None}
+    return wanted
 
 
 def torch_file(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,12 +27,16 @@ from headstart.detectors.formats.renaming import (
     Translated,
     anchors_of,
     background_last,
+    check_units,
     count,
     dense_classes,
+    groups_of,
     is_resnet,
     point_offset,
     refuse_composite,
+    resnet_depth,
     split_shared_stage,
+    timm_name,
     translate,
     translate_back,
     trimmed,
@@ -41,6 +45,7 @@ from headstart.detectors.formats.renaming import (
 from headstart.errors import SettingsError, WeightsError
 
 NAME = "mmdetection"
+ANCHOR_PX = [32, 64, 128, 256, 512]  # of its configurations
 _SCALE = re.compile(r"bbox_head\.scales\.\d+\.scale")
 _POINT_REGRESSION, _ANCHOR_REGRESSION = "bbox_head.conv_reg.weight", "bbox_head.retina_reg.weight"
 
@@ -57,6 +62,8 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
         WeightsError: the weights are not those of a detector of a known family.
     """
     refuse_composite(state, NAME)
+    if not is_resnet(backbone):
+        timm_name(backbone, NAME)
     if backbone.startswith("wide_resnet"):
         raise SettingsError(f"--to {NAME}: has no wide ResNet, so {backbone} fits no backbone there")
     kept, copies = split_shared_stage(state)
@@ -92,7 +99,7 @@ def to_torchvision(state: Mapping[str, Tensor], backbone: str = "resnet50") -> d
         rpn_convs=max(1, count(kept, r"rpn_head\.rpn_conv\.(\d+)\.")),
         box_convs=count(kept, r"roi_head\.bbox_head(?:\.\d+)?\.shared_convs\.(\d+)\."),
         point_towers=points,
-        tower_norm=points or any(re.match(r"bbox_head\.cls_convs\.0\.(gn|bn)\.", name) for name in kept),
+        tower_norm=any(re.match(r"bbox_head\.(cls|reg)_convs\.0\.(gn|bn)\.", name) for name in kept),
     )
     agnostic = kept.get("roi_head.bbox_head.fc_reg.weight")
     scores = kept.get("roi_head.bbox_head.fc_cls.weight")
@@ -203,8 +210,12 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     Args:
         state: the detector's weights, under torchvision's names.
         settings: what it was built from.
+
+    Raises:
+        SettingsError: no configuration there can say it.
     """
     form = Form.of(state)
+    check_units(form, settings, NAME)
     backbone = str(settings["backbone"])
     wanted: dict[str, Any] = {
         "model.data_preprocessor.mean": [round(255 * value, 4) for value in settings["image_mean"]],
@@ -213,33 +224,64 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     }
     groups = re.search(r"_(\d+)x(\d+)d", backbone)
     if is_resnet(backbone):
-        depth = re.search(r"\d+", backbone)
-        wanted |= {"model.backbone.depth": int(depth[0]) if depth else None, "model.backbone.style": "pytorch"}
+        wanted |= {"model.backbone.depth": resnet_depth(backbone), "model.backbone.style": "pytorch"}
     else:
-        wanted |= {"model.backbone.type": "mmpretrain.TIMMBackbone", "model.backbone.model_name": backbone}
+        wanted |= {
+            "model.backbone.type": "mmpretrain.TIMMBackbone",
+            "model.backbone.model_name": timm_name(backbone, NAME),
+        }
         wanted["model.backbone.features_only"] = True
     if groups:
-        wanted |= {"model.backbone.groups": int(groups[1]), "model.backbone.base_width": int(groups[2])}
+        wanted |= {"model.backbone.type": "ResNeXt", "model.backbone.groups": int(groups[1])}
+        wanted["model.backbone.base_width"] = int(groups[2])
     if "backbone.fpn.inner_blocks.0.1.weight" in state:
         wanted["model.neck.norm_cfg.type"] = _norm(state, "backbone.fpn.").upper()
     p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
     if p6 is not None:
-        wanted["model.neck.add_extra_convs"] = "on_output" if p6.shape[0] == p6.shape[1] else "on_input"
+        source = settings.get("p6_from") or ("p5" if p6.shape[0] == p6.shape[1] else "c5")
+        wanted["model.neck.add_extra_convs"] = {"p5": "on_output", "c5": "on_input"}[source]
         wanted["model.neck.relu_before_extra_convs"] = True
     if form.rpn_convs > 1:
         wanted["model.rpn_head.num_convs"] = form.rpn_convs
     if any(key.startswith("roi_heads.") for key in state):
         layer = "model.roi_head.bbox_roi_extractor.roi_layer"
         wanted |= {f"{layer}.sampling_ratio": 2, f"{layer}.aligned": False}
+    heads = _heads(state, form)
     if form.box_convs:
-        wanted["model.roi_head.bbox_head.type"] = "Shared4Conv1FCBBoxHead"
-        wanted["model.roi_head.bbox_head.norm_cfg.type"] = _norm(state, "roi_heads.").upper()
+        kind = {"type": "Shared4Conv1FCBBoxHead", "norm_cfg.type": _norm(state, "roi_heads.").upper()}
+        wanted |= {f"{head}.{name}": value for head in heads for name, value in kind.items()}
+    if settings.get("num_classes"):
+        masks = ["model.roi_head.mask_head"] if "roi_heads.mask_predictor.conv5_mask.weight" in state else []
+        wanted |= {f"{head}.num_classes": settings["num_classes"] for head in [*heads, *masks]}
+    if len(heads) > 1:  # its own default is rounded to three digits
+        wanted[f"{heads[-1]}.bbox_coder.target_stds"] = [1 / 30, 1 / 30, 1 / 15, 1 / 15]
+    sides = list(settings.get("anchor_px", ANCHOR_PX))
+    if sides != ANCHOR_PX and not form.point_towers:
+        anchors = f"model.{'rpn_head' if form.rpn_convs else 'bbox_head'}.anchor_generator"
+        if not form.body:
+            wanted[f"{anchors}.scales"] = [side / 16 for side in sides]
+        else:
+            wanted |= {f"{anchors}.base_sizes": sides}
+            wanted |= {f"{anchors}.scales": [1]} if form.rpn_convs else {f"{anchors}.octave_base_scale": 1}
     if form.point_towers:
         flags = ("conv_bias", "norm_on_bbox", "centerness_on_reg", "center_sampling")
         wanted |= {f"model.bbox_head.{flag}": True for flag in flags}
-    elif form.tower_norm:
-        wanted["model.bbox_head.norm_cfg.type"] = _norm(state, "head.").upper()
-    return {key: value for key, value in wanted.items() if value is not None}
+    towers = form.tower_width(state)
+    if form.tower_norm and towers:
+        wanted["model.bbox_head.norm_cfg.type"] = norm = _norm(state, "head.").upper()
+        if norm == "GN":
+            wanted["model.bbox_head.norm_cfg.num_groups"] = groups_of(towers)
+    elif form.point_towers:
+        wanted["model.bbox_head.norm_cfg"] = None
+    return wanted
+
+
+def _heads(state: Mapping[str, Tensor], form: Form) -> list[str]:
+    """Where in a configuration the box heads are."""
+    if not form.rpn_convs:
+        return ["model.bbox_head"]
+    stages = count(state, r"roi_heads\.box_heads\.(\d+)\.")
+    return [f"model.roi_head.bbox_head.{stage}" for stage in range(stages)] or ["model.roi_head.bbox_head"]
 
 
 def torch_file(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,17 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import timm
 import torch
-import torchvision
 from torch import Tensor
 
+from headstart.detectors.backbones import SWIN, resnets
 from headstart.errors import SettingsError, WeightsError
 
 ASPECT_RATIOS = 3  # of the anchors of every family here: 0.5, 1, 2
+STRIDES = [8, 16, 32, 64, 128]  # of P3 to P7
 UNUSED_LOGIT = -20.0  # bias of a sigmoid class that is not there: a score of 2e-9
 _WORDS = {"p": "weight|bias", "n": "weight|bias|running_mean|running_var|num_batches_tracked", "rest": ".+"}
 
@@ -168,7 +171,8 @@ class Form:
         body: the backbone is below a pyramid (``backbone.body.``), not a C4 detector's own.
         levels: lateral layers of the pyramid.
         rpn_convs, box_convs: convolutions of the RPN, and of the box head before its first linear layer.
-        point_towers: the dense head is FCOS's, whose towers are one flat sequence of convolution, norm, ReLU.
+        point_towers: the dense head is FCOS's, whose towers are one flat sequence of convolution, norm (or nothing),
+            ReLU.
         tower_norm: the dense head's towers have norms.
     """
 
@@ -190,8 +194,14 @@ class Form:
             rpn_convs=count(state, r"rpn\.head\.conv\.(\d+)\."),
             box_convs=count(state, r"roi_heads\.box_heads?(?:\.\d+)?\.(\d+)\.0\.weight$"),
             point_towers=flat,
-            tower_norm=flat or any(re.match(tower + r"\d+\.1\.", key) for key in state),
+            tower_norm=any(re.match(tower + (r"1\." if flat else r"\d+\.1\."), key) for key in state),
         )
+
+    @staticmethod
+    def tower_width(state: Mapping[str, Tensor]) -> int:
+        """Channels of the dense head's towers; 0 where there are none."""
+        towers = (value for key, value in state.items() if re.match(r"head\.\w+_head\.conv\.0\.(0\.)?weight", key))
+        return next((len(value) for value in towers), 0)
 
     @property
     def first_level(self) -> int:
@@ -199,9 +209,49 @@ class Form:
         return 6 - self.levels
 
 
+def resnet_depth(backbone: str) -> int:
+    """Layers of a torchvision ResNet, which its name says: ``resnext101_32x8d`` has 101."""
+    return int("".join(re.findall(r"^\D*(\d+)", backbone)))
+
+
+def groups_of(width: int) -> int:
+    """Groups of a dense head's group norms: 32, or the largest number below that divides ``width``."""
+    return max(groups for groups in range(1, 33) if width % groups == 0)
+
+
 def is_resnet(backbone: str) -> bool:
     """Whether ``backbone`` is a torchvision ResNet, ResNeXt or wide ResNet."""
-    return backbone in torchvision.models.list_models(include=["resnet*", "resnext*", "wide_resnet*"])
+    return backbone in resnets()
+
+
+def timm_name(backbone: str, library: str) -> str:
+    """What timm calls ``backbone``.
+
+    Raises:
+        SettingsError: nothing.
+    """
+    name = SWIN.get(backbone, backbone)
+    if not timm.is_model(name):
+        raise SettingsError(f"--to {library}: timm has no network called {backbone}, which could hold these weights")
+    return name
+
+
+def anchor_octave(side: int) -> list[int]:
+    """The three anchor sides a level of a RetinaNet, px, cut to whole ones as torchvision does."""
+    return [side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))]
+
+
+def check_units(form: Form, settings: Mapping[str, Any], library: str) -> None:
+    """
+    Raises:
+        SettingsError: an FCOS whose boxes are measured in something else than its levels' strides.
+    """
+    units = list(settings.get("anchor_px", STRIDES))
+    if form.point_towers and units != STRIDES:
+        raise SettingsError(
+            f"--to {library}: FCOS measures boxes in the strides {STRIDES} of its levels there, this one in "
+            f"{units} px (detector.anchor_px)"
+        )
 
 
 def refuse_composite(state: Mapping[str, Tensor], library: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from headstart.detectors.formats.renaming import Translated, is_resnet, refuse_composite
+from headstart.detectors.formats.renaming import Translated, is_resnet, refuse_composite, timm_name
 from headstart.errors import SettingsError, WeightsError
 
 NAME = "timm"
@@ -56,7 +56,7 @@ def to_torchvision(state: Mapping[str, Tensor], backbone: str) -> dict[str, Tens
     """
     features = features_names(backbone)
     own = set(full_names(backbone).values())
-    classifier = timm.create_model(backbone, pretrained=False).default_cfg["classifier"]
+    classifier = timm.create_model(timm_name(backbone, NAME), pretrained=False).default_cfg["classifier"]
     heads = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
     strange = [name for name in state if name not in own and not name.startswith(heads)]
     if strange:
@@ -67,18 +67,17 @@ def to_torchvision(state: Mapping[str, Tensor], backbone: str) -> dict[str, Tens
 def full_names(backbone: str) -> dict[str, str]:
     """Name in a detector -> name in timm's whole network.
 
-    A ResNet's are the same. Others come with ``features_only=True``, for which timm takes networks apart: where a
-    stage is in a list, ``stages.0`` becomes ``stages_0``.
+    A torchvision ResNet's are the same. Others come with ``features_only=True``, for which timm takes networks apart,
+    so that ``stages.0`` becomes ``stages_0``, or where it can't wraps them whole, as ``model`` or ``body``.
 
     Raises:
         SettingsError: timm has no such network.
     """
-    if not timm.is_model(backbone):
-        raise SettingsError(f"--to {NAME}: timm has no network called {backbone}")
-    names = list(timm.create_model(backbone, pretrained=False, num_classes=0).state_dict())
+    names = list(timm.create_model(timm_name(backbone, NAME), pretrained=False, num_classes=0).state_dict())
     found = {name: name for name in names}
     if not is_resnet(backbone):
-        found |= {re.sub(r"^([a-z]\w*)\.(\d+)\.", r"\1_\2.", name): name for name in names}
+        found |= {re.sub(r"^([a-z]\w*)\.(\w+)\.", r"\1_\2.", name): name for name in names}
+        found |= {f"{wrapper}.{name}": name for wrapper in ("model", "body") for name in names}
     return found
 
 
@@ -87,17 +86,17 @@ def features_names(backbone: str) -> dict[str, str]:
     full = full_names(backbone)
     if is_resnet(backbone):
         return {name: name for name in full}
-    features = timm.create_model(backbone, pretrained=False, features_only=True)
+    features = timm.create_model(timm_name(backbone, NAME), pretrained=False, features_only=True)
     return {full[name]: name for name in features.state_dict() if name in full}
 
 
 def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Images as the backbone saw them: RGB, in [0, 1] before this."""
-    return {"mean": list(settings["image_mean"]), "std": list(settings["image_std"])}
+    return {name.removeprefix("image_"): settings[name] for name in ("image_mean", "image_std") if name in settings}
 
 
 def torch_file(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """A plain state dictionary, which ``timm.create_model(..., checkpoint_path=...)`` reads too."""
+    """A plain state dictionary."""
     return dict(state)
 
 
