@@ -148,3 +148,20 @@ def test_every_parameter_belongs_to_one_part(tiny):
         for name, _ in detector.module.named_parameters():
             assert sum(name.startswith(prefix) for prefix in prefixes) == 1, name
         assert sum(len(detector.part_state([part])) for part in detector.parts) == len(detector.module.state_dict())
+
+
+def test_anchors_stay_exact_under_autocast(tiny):
+    """torchvision's take the maps' dtype; in bfloat16 those beyond 256 px were whole pixels off."""
+    detector = detectors.build(RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 320, "long_side_px": 640})).train()
+    seen = []
+    detector.module.rpn.anchor_generator.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors))
+    images = [torch.randint(0, 256, (3, 320, 640), dtype=torch.uint8)]
+    targets = [{"boxes": torch.tensor([[300.0, 100, 500, 300]]), "labels": torch.tensor([1])}]
+    detector.loss(images, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        detector.loss(images, targets)
+        projector = detector.projector(4, 4)
+        detector.match(images[0][None], torch.tensor([[320, 640]]), targets, projector, 10)
+    assert len(seen) == 3
+    for anchors in seen:
+        assert torch.equal(anchors[0], seen[0][0])

@@ -257,7 +257,7 @@ def test_separate_training_moves_the_rpn_alone(photo):
 def test_separate_training_wants_weights(tmp_path, scenes):
     import headstart
 
-    with pytest.raises(SettingsError, match="adept with training=separate trains the RPN on frozen features.*--start"):
+    with pytest.raises(SettingsError, match=r"adept with training=separate trains the RPN on frozen features.*--start"):
         headstart.pretrain(
             "faster_rcnn",
             scenes / "unlabelled",

@@ -284,7 +284,7 @@ def test_exported_are_neck_and_heads_without_the_last_layers():
 def test_a_random_backbone_is_refused(tmp_path, scenes):
     import headstart
 
-    with pytest.raises(SettingsError, match="aligndet freezes the backbone.*--start"):
+    with pytest.raises(SettingsError, match=r"aligndet freezes the backbone.*--start"):
         headstart.pretrain(
             "fcos", scenes / "unlabelled", "aligndet", backbone="resnet18", out=tmp_path / "x", show=False
         )

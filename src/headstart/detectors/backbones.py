@@ -10,6 +10,7 @@ torchvision's networks come first where both have the name (``resnet50``).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -215,6 +216,36 @@ def place(body: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     if len(prefixes) > 1 and not placed.keys() <= state.keys():
         words.append(f"copied to all {len(prefixes)} backbones of the composite one")
     return placed, words
+
+
+def one_of(body: nn.Module) -> nn.Module:
+    """The first plain backbone in ``body``."""
+    return body.get_submodule(next(_copies(body)).rstrip("."))
+
+
+def stages(body: nn.Module) -> list[list[nn.Module]]:
+    """The layers of ``body`` in the order data flows through them: stem first, then one list a stage.
+
+    A stage begins at ``layer1``, ``layers_0``, ``stages_0``, ..., as libraries number them. Where layers are not named
+    so (MobileNets), a stage ends with each map, and the stem belongs to the first one. A composite backbone's stages
+    are those of all its copies together.
+    """
+    if isinstance(body, Composite):
+        both = (stages(part) for part in (body.assistant, body.lead))
+        return [a + b for a, b in zip(*both, strict=True)]
+    found: list[list[nn.Module]] = [[]]
+    for name, layer in body.named_children():
+        if re.fullmatch(r"(layers?|stages?)[_.]?\d+", name):
+            found.append([])
+        found[-1].append(layer)
+    if len(found) > 1:
+        return found
+    found = [[], []]
+    for name, layer in body.named_children():
+        found[-1].append(layer)
+        if name in getattr(body, "return_layers", ()):
+            found.append([])
+    return found if found[-1] else found[:-1]
 
 
 def _copies(body: nn.Module) -> Iterator[str]:

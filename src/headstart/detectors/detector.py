@@ -202,6 +202,15 @@ class Detector(nn.Module, ABC):
         prefixes = tuple(prefix for part in parts for prefix in self.prefixes[part])
         return {k: v for k, v in self.module.state_dict().items() if k.startswith(prefixes)}
 
+    def from_backbone(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The weights of a backbone alone, under its library's names, as this detector's; and what was moved where."""
+        raise NotImplementedError
+
+    @property
+    def plain_backbone(self) -> Mapping[str, Tensor]:
+        """The state of one backbone of this kind, under its library's names."""
+        raise NotImplementedError
+
     def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The weights of a related detector under this one's key names, and in words what was moved where."""
         return dict(state), []

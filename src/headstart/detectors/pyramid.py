@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -119,15 +120,22 @@ class TorchvisionDetector(Detector):
     def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
         return self.module([as_float(image) for image in images])
 
+    @property
+    def body(self) -> nn.Module:
+        return self.module.backbone.body if self.has_fpn else self.module.backbone
+
     def stages(self) -> list[list[nn.Module]]:
-        """A new stage begins at ``layer1``, ``layers_0``, ``stages_0``, ...: as libraries number their layers."""
-        body = self.module.backbone.body if self.has_fpn else self.module.backbone
-        found: list[list[nn.Module]] = [[]]
-        for name, layer in body.named_children():
-            if re.fullmatch(r"(layers?|stages?|blocks?|features?)[_.]?\d+", name):
-                found.append([])
-            found[-1].append(layer)
-        return found
+        return backbones.stages(self.body)
+
+    def from_backbone(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        (prefix,) = self.prefixes["backbone"]
+        placed, moved = backbones.place(self.body, state)
+        own = self.body.state_dict()
+        return {prefix + key if key in own else key: value for key, value in placed.items()}, moved
+
+    @property
+    def plain_backbone(self) -> Mapping[str, Tensor]:
+        return backbones.one_of(self.body).state_dict()
 
     def plain_code(self) -> str | None:
         return None if self.call is None else plain_code(self.call)
@@ -152,6 +160,24 @@ class TorchvisionDetector(Detector):
             else:
                 adapted[f"{key} (a finer level than any here)"] = value
         return adapted, [f"FPN blocks moved by {ours - theirs}: {theirs} levels up to C5 in the file, {ours} here"]
+
+
+def shapes_in_float32(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Stand-ins without memory of their own, for what asks maps for nothing but shape, device and dtype.
+
+    torchvision's anchors take the dtype of the maps, and in bfloat16 or float16 they are pixels off.
+    """
+    return [torch.zeros((), device=map_.device).expand(map_.shape) for map_ in maps]
+
+
+@contextlib.contextmanager
+def float32_anchors(generator: nn.Module) -> Iterator[None]:
+    """torchvision's ``generator`` makes its anchors in float32, also under autocast."""
+    hook = generator.register_forward_pre_hook(lambda module, inputs: (inputs[0], shapes_in_float32(inputs[1])))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def image_list(tensors: Tensor, sizes: Tensor | None) -> ImageList:

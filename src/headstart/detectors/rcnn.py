@@ -31,7 +31,14 @@ from headstart.detectors import backbones
 from headstart.detectors.builders.rcnn import rcnn, rcnn_c4
 from headstart.detectors.detector import DetectorSettings, Features, Matched, Target
 from headstart.detectors.plain_code import Call
-from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at_most, image_list
+from headstart.detectors.pyramid import (
+    PyramidSettings,
+    TorchvisionDetector,
+    at_most,
+    float32_anchors,
+    image_list,
+    shapes_in_float32,
+)
 from headstart.errors import SettingsError
 
 
@@ -243,6 +250,23 @@ class RCNN(TorchvisionDetector):
         finally:
             self.module.train(training)
 
+    def from_backbone(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """On C4 the backbone's 5th block is the head."""
+        placed, moved = super().from_backbone(state)
+        block, head = "layer4.", "roi_heads.box_head.0."
+        if self.has_fpn or not any(key.startswith(block) for key in placed):
+            return placed, moved
+        placed = {head + k.removeprefix(block) if k.startswith(block) else k: v for k, v in placed.items()}
+        return placed, [*moved, f"{block}* is the head: {head}*"]
+
+    def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
+        with float32_anchors(self.module.rpn.anchor_generator):
+            return super().loss(images, targets)
+
+    def detect(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        with float32_anchors(self.module.rpn.anchor_generator):
+            return super().detect(images)
+
     # ---- RPN ------------------------------------------------------------------------------------------------------
 
     @property
@@ -282,7 +306,7 @@ class RCNN(TorchvisionDetector):
         maps = list(features.values())
         images = ImageList(maps[0].new_empty(0, 3, *size), [size] * len(boxes))
         objectness, deltas = concat_box_prediction_layers(*rpn.head(maps))
-        return _rpn_losses(rpn, objectness, deltas, rpn.anchor_generator(images, maps), boxes)
+        return _rpn_losses(rpn, objectness, deltas, rpn.anchor_generator(images, shapes_in_float32(maps)), boxes)
 
     @torch.no_grad()
     def rpn_boxes(
@@ -291,7 +315,8 @@ class RCNN(TorchvisionDetector):
         rpn = self._rpn(anchor_px, before, after)
         rpn.training = False  # of its own: its layers are the detector's, and stay in their mode
         first = next(iter(features.values()))
-        boxes, _ = rpn(ImageList(first.new_empty(0, 3, *size), [size] * len(first)), features)
+        with float32_anchors(rpn.anchor_generator):
+            boxes, _ = rpn(ImageList(first.new_empty(0, 3, *size), [size] * len(first)), features)
         return boxes
 
     # ---- matching -------------------------------------------------------------------------------------------------
@@ -334,7 +359,7 @@ class RCNN(TorchvisionDetector):
         maps = self.module.backbone(listed.tensors)
         maps = {"0": maps} if isinstance(maps, Tensor) else maps
         objectness, deltas = rpn.head(list(maps.values()))
-        anchors = rpn.anchor_generator(listed, list(maps.values()))
+        anchors = rpn.anchor_generator(listed, shapes_in_float32(list(maps.values())))
         counts = [map_[0].numel() for map_ in objectness]
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
         boxes = rpn.box_coder.decode(deltas.detach().float(), anchors).view(len(images), -1, 4)

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from headstart.detectors import backbones
+from headstart.detectors.checkpoints import BackboneState, to_backbone
 from headstart.detectors.detector import Detector
 from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state
 from headstart.errors import RunError, SettingsError
 from headstart.runs import DETECTOR_FILE, read_record
 
 SCRATCH = "scratch"
+IMAGENET = "imagenet"  # the library's own supervised weights of the backbone
+WORDS = (SCRATCH, IMAGENET)
 
 
 def detector_of(start: Path | str) -> dict[str, Any]:
@@ -20,12 +24,14 @@ def detector_of(start: Path | str) -> dict[str, Any]:
 
     Raises:
         RunError: ``start`` is neither a run, nor a file, nor a word that is known.
+        SettingsError: it is a run of a detector object, whose settings nobody wrote down.
     """
     path = Path(start)
-    if str(start) == SCRATCH or path.is_file():
+    if str(start) in WORDS or path.is_file():
         return {}
     if not path.is_dir():
-        raise RunError(f"{start}: no such run folder or weights file; expected one of these, or '{SCRATCH}'")
+        words = " or ".join(f"'{word}'" for word in WORDS)
+        raise RunError(f"{start}: no such run folder or weights file; expected one of these, or {words}")
     settings = dict(read_record(path)["config"]["detector"])
     if "object" in settings:
         raise SettingsError(
@@ -38,17 +44,47 @@ def detector_of(start: Path | str) -> dict[str, Any]:
 def load_start(detector: Detector, start: Path | str) -> LoadReport:
     """The weights of ``start`` into ``detector``, whatever of them fits.
 
+    A file that knows the detector's own backbone is taken key by key. Any other is a backbone's: a published checkpoint
+    (:mod:`headstart.detectors.checkpoints`) or another kind of detector, whose other parts are taken where they fit.
+
     Raises:
         RunError: a run that has not finished.
-        WeightsError: nothing in the file fits, or reading it would execute code.
+        SettingsError: the library's own weights are asked for, and the detector is the user's own object.
+        WeightsError: nothing in the file fits, reading it would execute code, or the library's weights can't be had.
     """
+    if str(start) == IMAGENET:
+        if detector.settings is None:
+            raise SettingsError(
+                f"{IMAGENET}: the backbone's name is not known; load its weights into the object"
+            )
+        weights = BackboneState("plain", "", backbones.pretrained(detector.settings.backbone))
+        return _of_backbone(detector, {}, weights, start)
     path = Path(start)
     file = path / DETECTOR_FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(f"{path}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
-    state, moved = detector.adapt(read_state(file))
-    report = load_state(detector.module, state, str(file))
-    report.moved = moved
+    state = read_state(file)
+    adapted, moved = detector.adapt(state)
+    own = detector.part_state(["backbone"])
+    if own.keys() & adapted.keys():
+        report = load_state(detector.module, adapted, str(file))
+        report.moved = moved
+        return report
+    backbone = to_backbone(state, str(file), detector.plain_backbone)
+    known = detector.module.state_dict()
+    others = {key: value for key, value in adapted.items() if key in known}
+    return _of_backbone(detector, others, backbone, file)
+
+
+def _of_backbone(detector: Detector, others: dict[str, Tensor], backbone: BackboneState, source: Any) -> LoadReport:
+    placed, moved = detector.from_backbone(backbone.state)
+    report = load_state(detector.module, {**others, **placed}, f"{source} ({backbone.layout})")
+    report.moved = moved + [f"{key}: {a} resized to {b}" for key, a, b in backbone.resized]
+    for reason, keys in backbone.dropped.items():
+        left = [key for key in keys if key not in others]
+        if left:
+            report.unexpected += left
+            report.moved.append(f"not used, {reason}: {len(left)} keys")
     return report
 
 
@@ -56,8 +92,8 @@ def start_record(start: Any) -> dict[str, Any]:
     """What run.json says of it."""
     if isinstance(start, nn.Module):
         return {"from": type(start).__name__, "method": "given", "pretrain_steps": 0}
-    if str(start) == SCRATCH:
-        return {"from": SCRATCH, "method": SCRATCH, "pretrain_steps": 0}
+    if str(start) in WORDS:
+        return {"from": str(start), "method": str(start), "pretrain_steps": 0}
     path = Path(start)
     metadata = read_metadata(path / DETECTOR_FILE if path.is_dir() else path)
     method = metadata.get("method") or metadata.get("kind") or path.stem
