@@ -778,6 +778,7 @@ def test_settings_of_the_model_there():
     wide = detectron2.model_settings({}, {"backbone": "resnext50_32x4d", **STATISTICS_OF_IMAGES})
     assert (wide["MODEL.RESNETS.NUM_GROUPS"], wide["MODEL.RESNETS.WIDTH_PER_GROUP"]) == (32, 4)
     assert detectron2.model_settings(weights_of("retinanet"), described)["model.backbone.top_block.in_feature"] == "p5"
+    assert detectron2.model_settings(weights_of("retinanet_v2"), described)["MODEL.RETINANET.NORM"] == "GN"
     assert "model.backbone.top_block.in_feature" not in detectron2.model_settings(weights_of("retinanet_v2"), described)
 
     wanted = mmdetection.model_settings(weights_of("faster_rcnn_v2"), described)

@@ -265,7 +265,11 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     if form.rpn_convs > 1:
         wanted["MODEL.RPN.CONV_DIMS"] = [-1] * form.rpn_convs
     if any(key.startswith("roi_heads.") for key in state):
-        wanted |= {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlign", "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2}
+        masks = "roi_heads.mask_predictor.conv5_mask.weight" in state
+        for head in ["ROI_BOX_HEAD", "ROI_MASK_HEAD"] if masks else ["ROI_BOX_HEAD"]:
+            wanted |= {f"MODEL.{head}.POOLER_TYPE": "ROIAlign", f"MODEL.{head}.POOLER_SAMPLING_RATIO": 2}
+        if any(re.fullmatch(r"roi_heads\.mask_head\.\d+\.1\.running_mean", key) for key in state):
+            wanted["MODEL.ROI_MASK_HEAD.NORM"] = "BN"
     linear = next(
         (v for k, v in state.items() if re.fullmatch(r"roi_heads\.box_heads?\.(0\.)?(fc6|5)\.weight", k)), None
     )
@@ -274,6 +278,8 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         wanted["MODEL.ROI_BOX_HEAD.NUM_FC"] = 1 if form.box_convs else 2
         if form.box_convs:
             wanted |= {"MODEL.ROI_BOX_HEAD.NORM": "BN", "MODEL.ROI_BOX_HEAD.CONV_DIM": settings["fpn_channels"]}
+    if form.tower_norm and not form.point_towers:
+        wanted["MODEL.RETINANET.NORM"] = "GN"
     p6 = state.get("backbone.fpn.extra_blocks.p6.weight")
     if p6 is not None and (settings.get("p6_from") or ("p5" if p6.shape[0] == p6.shape[1] else "c5")) == "p5":
         wanted["model.backbone.top_block.in_feature"] = "p5"  # of a lazy configuration; YAML's is always res5

@@ -244,15 +244,19 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     if form.rpn_convs > 1:
         wanted["model.rpn_head.num_convs"] = form.rpn_convs
     if any(key.startswith("roi_heads.") for key in state):
-        layer = "model.roi_head.bbox_roi_extractor.roi_layer"
-        wanted |= {f"{layer}.sampling_ratio": 2, f"{layer}.aligned": False}
+        masks = "roi_heads.mask_predictor.conv5_mask.weight" in state
+        for kind in ("bbox", "mask") if masks else ("bbox",):
+            layer = f"model.roi_head.{kind}_roi_extractor.roi_layer"
+            wanted |= {f"{layer}.sampling_ratio": 2, f"{layer}.aligned": False}
+        if any(re.fullmatch(r"roi_heads\.mask_head\.\d+\.1\.\w+", key) for key in state):
+            wanted["model.roi_head.mask_head.norm_cfg.type"] = _norm(state, "roi_heads.").upper()
     heads = _heads(state, form)
     if form.box_convs:
-        kind = {"type": "Shared4Conv1FCBBoxHead", "norm_cfg.type": _norm(state, "roi_heads.").upper()}
-        wanted |= {f"{head}.{name}": value for head in heads for name, value in kind.items()}
+        typed = {"type": "Shared4Conv1FCBBoxHead", "norm_cfg.type": _norm(state, "roi_heads.").upper()}
+        wanted |= {f"{head}.{name}": value for head in heads for name, value in typed.items()}
     if settings.get("num_classes"):
-        masks = ["model.roi_head.mask_head"] if "roi_heads.mask_predictor.conv5_mask.weight" in state else []
-        wanted |= {f"{head}.num_classes": settings["num_classes"] for head in [*heads, *masks]}
+        masked = ["model.roi_head.mask_head"] if "roi_heads.mask_predictor.conv5_mask.weight" in state else []
+        wanted |= {f"{head}.num_classes": settings["num_classes"] for head in [*heads, *masked]}
     if len(heads) > 1:  # its own default is rounded to three digits
         wanted[f"{heads[-1]}.bbox_coder.target_stds"] = [1 / 30, 1 / 30, 1 / 15, 1 / 15]
     sides = list(settings.get("anchor_px", ANCHOR_PX))
