@@ -6,15 +6,18 @@ Heavy libraries are imported inside the commands, so that ``headstart --help`` a
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 from headstart import __version__
 from headstart.console import notes, results
+from headstart.detectors import FAMILIES
 from headstart.errors import HeadstartError
 from headstart.methods import METHODS, SUMMARIES
 
@@ -45,7 +48,10 @@ Images = Annotated[
 Out = Annotated[Path | None, typer.Option("--out", help="Where the result goes.", show_default=False)]
 Recipe = Annotated[
     str | None,
-    typer.Option("--recipe", help="Name or YAML file of a recipe: its numbers become the defaults."),
+    typer.Option(
+        "--recipe",
+        help="Name (headstart recipes lists them) or YAML file of a recipe: its numbers become the defaults.",
+    ),
 ]
 Epochs = Annotated[float | None, typer.Option("--epochs", help="Length, in passes over the images.")]
 MaxSteps = Annotated[
@@ -64,7 +70,7 @@ Set = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its last checkpoint.")]
 Backbone = Annotated[
     str | None,
-    typer.Option("--backbone", help="torchvision backbone, for example resnet18.  \\[default: resnet50]"),
+    typer.Option("--backbone", help="torchvision or timm backbone, for example resnet18.  \\[default: resnet50]"),
 ]
 
 
@@ -85,25 +91,41 @@ def settings_table(model: Any, title: str) -> Table:
     return table
 
 
+def _given(arguments: Sequence[str], option: str) -> str | None:
+    """The value of ``option`` on a command line that has not been parsed yet."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == option:
+            return following
+        if argument.startswith(f"{option}="):
+            return argument.partition("=")[2]
+    return None
+
+
 class _WithSettings(TyperCommand):
     """``--help`` shows, under the options, every setting that ``--set`` takes, with default and unit."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[_WithSettings] = list(args)  # --help is answered before the other options are read
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        results.print(settings_table(self.settings_type(), f"Settings of {self.name}, and their defaults"))
+        kind, what = self.settings_type(ctx.meta[_WithSettings])
+        results.print(settings_table(kind, f"Settings of {what}, and their defaults"))
         results.print(
             "Set them with [bold]--set KEY=VALUE[/bold]; the last part of a key is enough where it is the only one."
         )
 
-    def settings_type(self) -> Any:
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
+        """The settings that a command line with these ``arguments`` takes, and whose they are."""
         raise NotImplementedError
 
 
 class _Propose(_WithSettings):
-    def settings_type(self) -> Any:
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
         from headstart.proposals import ProposalSettings
 
-        return ProposalSettings
+        return ProposalSettings, str(self.name)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
@@ -123,17 +145,26 @@ def _presets_table() -> Table:
 
 
 class _Pretrain(_WithSettings):
-    def settings_type(self) -> Any:
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
         from headstart.verbs.pretrain import config_type
 
-        return config_type(str(self.name))
+        detector = _detector_given(arguments, "pretrain")
+        return config_type(str(self.name), detector), f"{self.name} with {detector} (--detector)"
 
 
 class _Finetune(_WithSettings):
-    def settings_type(self) -> Any:
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
         from headstart.verbs.finetune import config_type
 
-        return config_type()
+        detector = _detector_given(arguments, "finetune")
+        return config_type(detector), f"{self.name} with {detector} (--detector)"
+
+
+def _detector_given(arguments: Sequence[str], verb: str) -> str:
+    from headstart.recipes import read
+
+    recipes_own = read(_given(arguments, "--recipe"), verb).get("detector", {}).get("name")
+    return _given(arguments, "--detector") or recipes_own or "faster_rcnn"
 
 
 @app.callback(invoke_without_command=True)
@@ -217,7 +248,15 @@ def propose(
 
 
 class _Methods(TyperGroup):
-    """One subcommand a method, made from the registry when it is asked for."""
+    """One subcommand a method, made from the registry when it is asked for. A recipe names its method itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        recipe = _given(args, "--recipe")
+        if recipe is not None and args[0] not in METHODS and not ctx.resilient_parsing:
+            from headstart.recipes import method_of
+
+            args = [method_of(recipe), *args]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(METHODS)
@@ -237,9 +276,19 @@ def _pretrain_with(method: str) -> Any:
         images: Images,
         detector: Annotated[
             str | None,
-            typer.Option("--detector", help="faster_rcnn or mask_rcnn.  \\[default: the recipe's, or faster_rcnn]"),
+            typer.Option(
+                "--detector", help=f"{', '.join(FAMILIES)}.  \\[default: the recipe's, or faster_rcnn]", metavar="NAME"
+            ),
         ] = None,
         backbone: Backbone = None,
+        start: Annotated[
+            str | None,
+            typer.Option(
+                "--start",
+                help="What to start from: a run folder, a weights file, imagenet (the library's own supervised weights "
+                "of the backbone), or scratch.  \\[default: scratch, where the method allows it]",
+            ),
+        ] = None,
         out: Out = None,
         proposals: Annotated[
             str | None,
@@ -267,6 +316,7 @@ def _pretrain_with(method: str) -> Any:
             method,
             out=out,
             backbone=backbone,
+            start=start,
             proposals=proposals,
             recipe=recipe,
             epochs=epochs,
@@ -288,10 +338,11 @@ pretrain = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     context_settings=CONTEXT,
-    subcommand_metavar="METHOD PHOTOS [OPTIONS]...",
+    subcommand_metavar="[METHOD] PHOTOS [OPTIONS]...",
     help="Pretrain a detector, heads included, on a folder of images without labels.\n\n"
     "Proposals are made on the way when there are none. [bold]headstart pretrain METHOD --help[/bold] shows the "
-    "method's own settings. Several GPUs: [bold]torchrun --nproc-per-node N -m headstart pretrain ...[/bold]",
+    "method's own settings; [bold]headstart pretrain --recipe NAME PHOTOS[/bold] takes the recipe's method. Several "
+    "GPUs: [bold]torchrun --nproc-per-node N -m headstart pretrain ...[/bold]",
 )
 app.add_typer(pretrain, name="pretrain")
 
@@ -306,7 +357,8 @@ def finetune(
     start: Annotated[
         str,
         typer.Argument(
-            help="What to start from: a run folder, a weights file (.safetensors, .pth), or 'scratch'.",
+            help="What to start from: a run folder, a weights file (.safetensors, .pth), 'imagenet' (the library's own "
+            "supervised weights of the backbone), or 'scratch'.",
             metavar="START",
         ),
     ],
@@ -317,7 +369,10 @@ def finetune(
         typer.Option("--labels", help="Label budget: 10%, a number of images, all, or the labels.json of another run."),
     ] = "all",
     detector: Annotated[
-        str | None, typer.Option("--detector", help="faster_rcnn or mask_rcnn.  \\[default: as START]")
+        str | None,
+        typer.Option(
+            "--detector", help=f"{', '.join(FAMILIES)}.  \\[default: the recipe's, or as START]", metavar="NAME"
+        ),
     ] = None,
     backbone: Backbone = None,
     out: Out = None,
@@ -418,24 +473,35 @@ def export(
     done = write(run, to, out, format=format)
     results.print(done.table())
     if done.settings:
-        results.print("\nThe model there has to be set to:")
+        results.print("\nThe model there has to be as wide and as deep, and set to:")
         for key, value in done.settings.items():
             results.print(f"  {key} = {value!r}", markup=False, soft_wrap=True)
     results.print(f"\nLoad it:\n  {done.loading}", markup=False, soft_wrap=True)
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that come with Headstart: numbers of one experiment of a paper each."""
-    from headstart.recipes import FOLDER, names
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Recipe to print, with all its numbers.", metavar="[NAME]", show_default=False)
+    ] = None,
+) -> None:
+    """List the recipes that come with Headstart, numbers of one experiment of a paper each; or print one of them."""
+    from headstart.recipes import describe, names
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recipe")
-    table.add_column("what")
-    for name in names():
-        first = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-        table.add_row(f"[cyan]{name}[/cyan]", first.lstrip("# "))
-    results.print(table)
+    if name is not None:
+        results.print(describe(name).text(), markup=False, highlight=False, soft_wrap=True)
+        return
+    papers: dict[str, list[Any]] = {}
+    for recipe in map(describe, names()):
+        papers.setdefault(recipe.paper, []).append(recipe)
+    for paper, rows in papers.items():
+        table = Table(title=paper, title_justify="left", box=None, pad_edge=False)
+        for column in ("recipe", "what", "the paper's result"):
+            table.add_column(column, overflow="fold", ratio=None if column == "recipe" else 1)
+        for recipe in rows:
+            table.add_row(f"[cyan]{recipe.name}[/cyan]", escape(recipe.what), escape(recipe.result))
+        results.print(table)
+    results.print("\nOne with all its numbers, and the commands: [bold]headstart recipes NAME[/bold]")
 
 
 def main() -> None:

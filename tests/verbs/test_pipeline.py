@@ -413,20 +413,6 @@ def test_unknown_method_detector_and_recipe():
         headstart.pretrain("faster_rcnn", ".", recipe="nothing")
 
 
-def test_every_recipe_is_valid():
-    from headstart import recipes
-    from headstart.settings import validate
-    from headstart.verbs import finetune, pretrain
-
-    assert len(recipes.names()) >= 6
-    for name in recipes.names():
-        section = recipes.read(name, "pretrain")
-        detector = section["detector"]["name"]
-        config = validate(pretrain.config_type("soco", detector), section, name)
-        assert config.method.tau == (None if name == "small_cpu" else 0.99)
-        validate(finetune.config_type(detector), recipes.read(name, "finetune"), name)
-
-
 # ---- the shell -----------------------------------------------------------------------------------------------------
 
 

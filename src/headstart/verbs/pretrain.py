@@ -196,7 +196,7 @@ class _Loader:
 def pretrain(
     detector: nn.Module | str | None = None,
     images: Path | str = ".",
-    method: str = "soco",
+    method: str | None = None,
     *,
     out: Path | str | None = None,
     backbone: str | None = None,
@@ -218,7 +218,7 @@ def pretrain(
         detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place; None:
             the recipe's, or "faster_rcnn".
         images: folder, read with all its subfolders and the .tar shards in it; or one .tar file.
-        method: name of the pretraining method.
+        method: name of the pretraining method; None: the recipe's, or "soco".
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
         backbone: backbone name, where ``detector`` is a name.
         start: weights to start from: a run folder, a weights file, "imagenet" (the library's own supervised weights
@@ -243,9 +243,10 @@ def pretrain(
     """
     given = detector if isinstance(detector, nn.Module) else None
     section = recipes.read(recipe, "pretrain")
-    named = section.get("method", {}).pop("name", method) if "method" in section else method
-    if named != method:
+    named = section.get("method", {}).pop("name", None)
+    if None not in (named, method) and named != method:
         raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
+    method = method or named or "soco"
     name = detector if isinstance(detector, str) else section.get("detector", {}).get("name", "faster_rcnn")
     kind = config_type(method, name)
     explicit = {
