@@ -17,7 +17,7 @@ from headstart.cli import app
 from headstart.errors import SettingsError
 from headstart.methods import METHODS
 from headstart.optim import OptimSettings, learning_rate, settle_optim
-from headstart.settings import validate
+from headstart.settings import merge, parse_assignments, validate
 from headstart.verbs import finetune, pretrain
 
 COCO = 117_266  # images of train2017 that have labels
@@ -443,3 +443,29 @@ def test_python_takes_the_recipes_method(tmp_path, scenes, tiny):
     )
     assert headstart.runs.read_record(done.path)["method"] == "aligndet"
     assert done.detector.family == "fcos"
+
+
+# ---- docs/recipes.md -----------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+def test_settings_in_the_docs_are_valid():
+    given = recipes.read("soco_table1_100ep", "pretrain")
+    given["method"].pop("name")
+    kind = pretrain.config_type("soco", "mask_rcnn")
+    rows = re.findall(r"^\| (Table [45].*?) \| `(--set .*?)`", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 11
+    for row, words in rows:
+        values = merge(given, parse_assignments(kind, shlex.split(words.replace("--set", ""))))
+        assert validate(kind, values, row) != validate(kind, given, row)
+
+
+def test_the_example_in_the_docs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(re.search(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
+    assert pretrain_config(path).method.K == 8
+    assert pretrain_config(path).detector.backbone == "resnet18"
+    assert finetune_config(path).detector.name == "fcos"
+    commands = [line for line in DOCS.read_text().splitlines() if re.match(r"headstart (pretrain|finetune)", line)]
+    assert [parsed(command)[0] for command in commands] == ["soco", "finetune"]
