@@ -504,6 +504,30 @@ def recipes(
     results.print("\nOne with all its numbers, and the commands: [bold]headstart recipes NAME[/bold]")
 
 
+@app.command()
+def methods(
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a Markdown table.")] = False,
+) -> None:
+    """Which method pretrains which detector."""
+    from headstart.methods import table as rows_of
+
+    header, *rows = rows_of()
+    if markdown:
+        lines = [["", *(f"`{name}`" for name in header[1:])], ["---"] * len(header)]
+        lines += [[f"`{row[0]}`", *row[1:]] for row in rows]
+        for line in lines:
+            typer.echo(f"| {' | '.join(line)} |")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(f"[cyan]{row[0]}[/cyan]", *row[1:])
+    results.print(table)
+    for name, summary in SUMMARIES.items():
+        results.print(f"[cyan]{name}[/cyan]  {summary}", soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: what a user can mend is one message, not a traceback."""
     try:

@@ -295,5 +295,5 @@ def test_a_detector_that_can_not_match_is_refused():
         family = "odd"
         abilities = frozenset()
 
-    with pytest.raises(SettingsError, match="odd can't say which prediction answers"):
-        AlignDet(AlignDetSettings()).settle(Odd(), 10)
+    with pytest.raises(SettingsError, match="aligndet trains on the predictions that answer for a box"):
+        AlignDet.check(Odd())

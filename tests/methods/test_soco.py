@@ -301,8 +301,8 @@ def test_a_detector_without_a_box_head_is_refused():
         family = "odd"
         abilities = frozenset({"match"})
 
-    with pytest.raises(SettingsError, match="box head"):
-        SoCo(SoCoSettings()).settle(Odd(), 10)
+    with pytest.raises(SettingsError, match="soco trains a box head on pooled boxes, which a odd does not have"):
+        SoCo.check(Odd())
 
 
 # ---- student and teacher --------------------------------------------------------------------------------------------

@@ -22,6 +22,17 @@ SUMMARIES = {  # for `headstart pretrain --help`, which must not import torch
 }
 
 
+def table() -> list[list[str]]:
+    """Which method pretrains which detector: a header, and a row a detector family, "yes" or ""."""
+    from headstart.detectors import FAMILIES, family
+
+    rows = [["", *METHODS]]
+    for name in FAMILIES:
+        abilities = family(name).abilities
+        rows.append([name, *("yes" if method_type(m).needs.keys() <= abilities else "" for m in METHODS)])
+    return rows
+
+
 def method_type(name: str) -> type[Method]:
     """Raises: SettingsError for an unknown method, with the known ones."""
     if name not in METHODS:

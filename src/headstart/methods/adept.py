@@ -27,14 +27,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.detectors.detector import Detector, Features
+from headstart.detectors.detector import Ability, Detector, Features
 from headstart.errors import SettingsError
 from headstart.methods.method import Net, ViewBatch
 from headstart.methods.soco import PAPER_VIEW_PX, SoCo, SoCoSettings, symmetric
@@ -86,6 +86,7 @@ class ADePT(SoCo):
     settings_type = ADePTSettings
     settings: ADePTSettings
     paper = "https://arxiv.org/abs/2211.09022"
+    needs: ClassVar[Mapping[Ability, str]] = {**SoCo.needs, "propose": "trains an RPN"}
 
     # ---- what is chosen for the user --------------------------------------------------------------------------
 
@@ -95,8 +96,6 @@ class ADePT(SoCo):
 
     def settle(self, detector: Detector, total_steps: int) -> list[str]:
         s = self.settings
-        if "propose" not in detector.abilities:
-            raise SettingsError(f"adept pretrains an RPN, which a {detector.family} does not have; use an R-CNN")
         if s.instances != "proposals":
             raise SettingsError(f"adept's RPN learns from proposals; method.instances={s.instances} has none")
         if not s.fpn or not s.head:

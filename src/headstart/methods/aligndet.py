@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -39,9 +39,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headstart import distributed
-from headstart.detectors.detector import Detector, Matched
+from headstart.detectors.detector import Ability, Detector, Matched
 from headstart.ema import cosine_momentum
-from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
@@ -83,6 +82,7 @@ class AlignDet(Method[AlignDetSettings]):
     settings_type = AlignDetSettings
     paper = "https://arxiv.org/abs/2307.11077"
     epochs = 12
+    needs: ClassVar[Mapping[Ability, str]] = {"match": "trains on the predictions that answer for a box"}
 
     def __init__(self, settings: AlignDetSettings) -> None:
         super().__init__(settings)
@@ -101,8 +101,6 @@ class AlignDet(Method[AlignDetSettings]):
 
     def settle(self, detector: Detector, total_steps: int) -> list[str]:
         s = self.settings
-        if "match" not in detector.abilities:
-            raise SettingsError(f"aligndet: a {detector.family} can't say which prediction answers for which box")
         short, long = detector.input_px
         if s.short_side_px is None:
             s.short_side_px = (round(0.8 * short), short)
@@ -194,7 +192,8 @@ class AlignDet(Method[AlignDetSettings]):
             other = self.predict(student, views[1], losses=True)
             regressed = {name: (loss + other.losses[name]) / 2 for name, loss in regressed.items()}
         z1, z2 = (F.normalize(matched.embeddings.float(), dim=-1) for matched in (online, targets))
-        contrast = info_nce(z1, z2, numbers(online, views[0]), numbers(targets, views[1]), s.T)
+        with torch.autocast(z1.device.type, enabled=False):  # similarities of thousands need more than 8 bits
+            contrast = info_nce(z1, z2, numbers(online, views[0]), numbers(targets, views[1]), s.T)
         return {
             "contrast": s.contrast_weight * contrast,
             **{name: s.regress_weight * loss for name, loss in regressed.items()},

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from headstart.detectors.detector import Detector, Target
+from headstart.detectors.detector import Ability, Detector, Target
+from headstart.errors import SettingsError
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
 from headstart.views import View
@@ -106,9 +107,22 @@ class Method(ABC, Generic[M]):
     settings_type: ClassVar[type[Settings]]
     paper: ClassVar[str]
     epochs: ClassVar[int] = 100  # the paper's, where nobody says how long
+    needs: ClassVar[Mapping[Ability, str]]  # what a detector has to be able to, and what for
 
     def __init__(self, settings: M) -> None:
         self.settings = settings
+
+    @classmethod
+    def check(cls, detector: type[Detector] | Detector) -> None:
+        """
+        Raises:
+            SettingsError: the detector lacks something that this method needs.
+        """
+        for ability, reason in cls.needs.items():
+            if ability not in detector.abilities:
+                raise SettingsError(
+                    f"{cls.name} {reason}, which a {detector.family} does not have; headstart methods: what goes with what"
+                )
 
     @property
     @abstractmethod

@@ -24,7 +24,7 @@ Where this file differs from the paper, or fills a gap:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -33,9 +33,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from headstart.detectors.detector import Detector, Features
+from headstart.detectors.detector import Ability, Detector, Features
 from headstart.ema import cosine_momentum
-from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
 from headstart.proposals.random_boxes import RandomBoxes
@@ -111,6 +110,7 @@ class SoCo(Method[SoCoSettings]):
     name = "soco"
     settings_type = SoCoSettings
     paper = "https://arxiv.org/abs/2106.02637"
+    needs: ClassVar[Mapping[Ability, str]] = {"pool": "trains a box head on pooled boxes"}
 
     def __init__(self, settings: SoCoSettings) -> None:
         super().__init__(settings)
@@ -134,12 +134,6 @@ class SoCo(Method[SoCoSettings]):
 
     def settle(self, detector: Detector, total_steps: int) -> list[str]:
         s, notes = self.settings, []
-        if "pool" not in detector.abilities:
-            raise SettingsError(
-                f"{self.name} pretrains a box head on pooled boxes, which a {detector.family} does not have. Pretrain "
-                "a detector of the R-CNN family; its backbone and FPN can be taken over: headstart finetune RUN "
-                f"--detector {detector.family}"
-            )
         if s.v3 is None:
             s.v3 = "downsample" if "neck" in detector.parts else "none"
             if s.v3 == "none":

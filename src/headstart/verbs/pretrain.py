@@ -271,6 +271,7 @@ def pretrain(
         torch.manual_seed(config.train.seed)  # equal on all processes: they build the same network
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
         pretraining_method = methods.method_type(method)(config.method)
+        pretraining_method.check(wrapped)
         reason = pretraining_method.needs_start(wrapped)
         if reason and start is None and given is None:
             raise SettingsError(
