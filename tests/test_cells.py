@@ -59,7 +59,7 @@ def test_the_readme_has_the_table_that_the_registries_give():
 
 @pytest.mark.parametrize(("family", "method"), OTHERS)
 def test_what_does_not_go_together_says_why(family, method, tmp_path, scenes):
-    with pytest.raises(SettingsError, match=f"{method} trains .* which a .* does not have; headstart methods"):
+    with pytest.raises(SettingsError, match=f"{method} trains .* which a .* does not have; headstart methods says"):
         headstart.pretrain(family, scenes / "unlabelled", method, out=tmp_path / "run", start="scratch", show=False)
     assert not (tmp_path / "run").exists()
 

@@ -152,7 +152,9 @@ def test_every_parameter_belongs_to_one_part(tiny):
 
 def test_anchors_stay_exact_under_autocast(tiny):
     """torchvision's take the maps' dtype; in bfloat16 those beyond 256 px were whole pixels off."""
-    detector = detectors.build(RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 320, "long_side_px": 640})).train()
+    detector = detectors.build(
+        RCNNSettings(num_classes=3, **{**tiny, "short_side_px": 320, "long_side_px": 640})
+    ).train()
     seen = []
     detector.module.rpn.anchor_generator.register_forward_hook(lambda module, inputs, anchors: seen.append(anchors))
     images = [torch.randint(0, 256, (3, 320, 640), dtype=torch.uint8)]

@@ -121,7 +121,7 @@ class Method(ABC, Generic[M]):
         for ability, reason in cls.needs.items():
             if ability not in detector.abilities:
                 raise SettingsError(
-                    f"{cls.name} {reason}, which a {detector.family} does not have; headstart methods: what goes with what"
+                    f"{cls.name} {reason}, which a {detector.family} does not have; headstart methods says what fits"
                 )
 
     @property

@@ -54,9 +54,7 @@ def load_start(detector: Detector, start: Path | str) -> LoadReport:
     """
     if str(start) == IMAGENET:
         if detector.settings is None:
-            raise SettingsError(
-                f"{IMAGENET}: the backbone's name is not known; load its weights into the object"
-            )
+            raise SettingsError(f"{IMAGENET}: the backbone's name is not known; load its weights into the object")
         weights = BackboneState("plain", "", backbones.pretrained(detector.settings.backbone))
         return _of_backbone(detector, {}, weights, start)
     path = Path(start)
