@@ -101,3 +101,13 @@ def test_the_last_level_has_no_end(detector):
     found = detector.assign(anchors, boxes, counts)
     assert found.tolist() == by_loops(256, 2560, boxes.tolist())
     assert 0 in found[-counts[-1] :]
+
+
+def test_boxes_begin_with_an_area_so_that_the_loss_has_a_slope():
+    """torchvision's begin at zero, where GIoU is flat: a few steps later its boxes are still empty."""
+    torch.manual_seed(0)
+    detector = detectors.build(detectors.parse_settings({"name": "fcos", "backbone": "resnet18", "fpn_channels": 8}))
+    regression = detector.module.head.regression_head
+    boxes = regression([torch.randn(1, 8, 4, 4)])[0]
+    assert boxes.shape[-1] == 4
+    assert (boxes - 4).abs().max() < 1

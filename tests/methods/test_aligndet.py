@@ -31,7 +31,7 @@ def detector(family: str = "faster_rcnn"):
 
 
 def aligndet(wrapped, **settings) -> AlignDet:
-    method = AlignDet(AlignDetSettings(**{"hidden": 16, "dim": 12, **settings}))
+    method = AlignDet(AlignDetSettings(**{"hidden": 16, "dim": 12, "tau": 0.996, **settings}))
     method.settle(wrapped, total_steps=100)
     return method
 

@@ -61,4 +61,7 @@ def fcos(
     head = FCOSHead(channels, 1, num_classes, num_convs=0)  # takes no norm, so its towers are replaced
     head.classification_head = FCOSClassificationHead(channels, 1, num_classes, norm_layer=norm)
     head.regression_head = FCOSRegressionHead(channels, 1, norm_layer=norm)
+    # Sides begin in the middle of their level's range. From torchvision's 0 a box has no area, so that the GIoU loss is
+    # 1 and hardly has a slope; hundreds of steps go by before boxes begin to grow.
+    nn.init.constant_(head.regression_head.bbox_reg.bias, 4.0)
     return FCOS(backbone, num_classes, anchor_generator=anchors, head=head, **options)
