@@ -170,3 +170,84 @@ for shape, kind in (((6, 3), nn.BatchNorm1d), ((6, 3, 4, 4), nn.BatchNorm2d)):
 dist.destroy_process_group()
 """,
     )
+
+
+def test_rows_of_all_processes_and_their_gradients(tmp_path):
+    """Different numbers of rows, none included; what each process does with all rows comes back to their owners."""
+    torchrun(
+        tmp_path,
+        """
+import torch, torch.distributed as dist
+from headstart.distributed import gather_rows
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+for counts in ((2, 3), (0, 4), (1, 0), (0, 0)):
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 3)
+    mine = slice(0, counts[0]) if rank == 0 else slice(counts[0], None)
+    part = x[mine].clone().requires_grad_()
+    rows = gather_rows(part)
+    assert torch.equal(rows, x)
+    weight = torch.arange(1.0, 1 + x.numel()).view_as(x)
+    (rows * weight * (rank + 1)).sum().backward()  # 1 from the first process, 2 from the second
+    torch.testing.assert_close(part.grad, 3 * weight[mine])
+numbers = gather_rows(torch.full((rank + 1,), rank))
+assert numbers.tolist() == [0, 1, 1]
+dist.destroy_process_group()
+""",
+    )
+
+
+def test_contrast_of_two_processes_equals_one(tmp_path):
+    """AlignDet's InfoNCE: mean over processes of loss and gradient are those of one process with all predictions."""
+    torchrun(
+        tmp_path,
+        """
+import torch, torch.distributed as dist, torch.nn.functional as F
+from headstart.methods.aligndet import info_nce
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+z1, z2 = (F.normalize(torch.randn(n, 5, dtype=torch.float64), dim=1) for n in (9, 8))
+image1, image2 = torch.tensor([0, 0, 0, 1, 1, 2, 2, 3, 3]), torch.tensor([0, 0, 1, 1, 1, 2, 3, 3])
+box1, box2 = torch.tensor([0, 0, 1, 0, 2, 0, 1, 0, 0]), torch.tensor([0, 1, 0, 0, 2, 1, 0, 5])
+p1, p2 = image1 * 2**32 + box1, image2 * 2**32 + box2
+everything = z1.clone().requires_grad_()
+whole = expected = None
+# One process: outside of the group, as far as the loss can tell.
+import headstart.distributed as d
+gather_rows, d.gather_rows = d.gather_rows, lambda rows: rows
+mean, d.mean = d.mean, lambda values: values
+r, w, d.rank, d.world = d.rank, d.world, lambda: 0, lambda: 1
+whole = info_nce(everything, z2, p1, p2, 0.5)
+whole.backward()
+d.gather_rows, d.mean, d.rank, d.world = gather_rows, mean, r, w
+mine1, mine2 = (image1 // 2 == rank), (image2 // 2 == rank)
+# Each process counts its own images from 0.
+q1, q2 = (image1 % 2 * 2**32 + box1)[mine1], (image2 % 2 * 2**32 + box2)[mine2]
+part = z1[mine1].clone().requires_grad_()
+loss = info_nce(part, z2[mine2], q1, q2, 0.5)
+(loss / 2).backward()  # DistributedDataParallel's mean
+total = loss.detach().clone()
+dist.all_reduce(total)
+torch.testing.assert_close(total / 2, whole.detach())
+torch.testing.assert_close(part.grad, everything.grad[mine1])
+dist.destroy_process_group()
+""",
+    )
+
+
+@pytest.mark.parametrize("method", ["adept", "aligndet"])
+def test_other_methods_run_in_two_processes(tmp_path, scenes, tiny, method):
+    """Every parameter that learns gets a gradient on both, or DistributedDataParallel would stop."""
+    own = {"view_px": 64} if method == "adept" else {"K": 4}
+    settings = {f"detector.{k}": v for k, v in tiny.items() if k != "backbone"}
+    settings |= {f"method.{k}": v for k, v in {"hidden": 16, "dim": 8, **own}.items()}
+    settings |= {"train.amp": "off", "train.log_every": 1, "train.workers": 0, "proposals.engine": "random"}
+    script = tmp_path / "train.py"
+    script.write_text(
+        SCRIPT.replace("scenes, out=out", f'scenes, "{method}", start="scratch", out=out') % {"settings": settings}
+    )
+    launch([str(script), str(scenes / "unlabelled"), str(tmp_path / "two"), str(tmp_path / "p.parquet")], 2)
+    log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
