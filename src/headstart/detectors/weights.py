@@ -38,6 +38,7 @@ class LoadReport:
         reshaped: (key, shape in the file, shape in the detector); not loaded.
         reinitialised: keys in both that were left at their random start on purpose.
         moved: in words, what was renamed to fit this detector before it was loaded.
+        notes: what those who made the weights say of them.
     """
 
     source: str
@@ -47,6 +48,7 @@ class LoadReport:
     reshaped: list[tuple[str, list[int], list[int]]] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     moved: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,8 +67,9 @@ class LoadReport:
         }
         for name, keys in meaning.items():
             table.add_row(name, str(len(keys)), summarise(keys))
-        for words in self.moved:
-            table.add_row("moved", "", words)
+        for kind, sentences in (("moved", self.moved), ("note", self.notes)):
+            for sentence in sentences:
+                table.add_row(kind, "", sentence)
         return table
 
 

@@ -159,6 +159,19 @@ class ADePT(SoCo):
     def crops(self, v1: View, rng: np.random.Generator) -> list[View]:
         return super().crops(v1, rng)[:1] if self.separate else super().crops(v1, rng)
 
+    @property
+    def title(self) -> str:
+        return "adept separate" if self.separate else "adept"
+
+    def export_notes(self) -> list[str]:
+        s = self.settings
+        assert s.anchor_px is not None
+        sides = ", ".join("/".join(f"{side:g}" for side in level) for level in s.anchor_px)
+        return [
+            f"the RPN was trained on anchors of {sides} px on its maps, in views of {s.view_px} px; its layers fit any "
+            f"anchors of as many shapes a cell ({3 * len(s.anchor_px[0])})"
+        ]
+
     # ---- Eq. 1 ------------------------------------------------------------------------------------------------
 
     def rpn_loss(self, net: Net, views: Sequence[ViewBatch], maps: Sequence[Features]) -> dict[str, Tensor]:

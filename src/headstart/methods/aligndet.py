@@ -134,6 +134,10 @@ class AlignDet(Method[AlignDetSettings]):
             drops=[8 / 12, 11 / 12],
         )
 
+    def batch_size(self, memory_gib: float) -> int:
+        """Detectors' own image sizes: the paper's 16, 4 GiB an image and less than that where they don't fit."""
+        return int(min(16, 2 ** np.floor(np.log2(max(2, memory_gib / 4)))))
+
     @property
     def decode_px(self) -> int:
         assert self.settings.short_side_px is not None

@@ -348,9 +348,7 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
     if train.batch_size is None:
         train.batch_size = 16
         if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-            # Measured nowhere near every detector: about 1 GiB holds two 224 px images with a ResNet-50 FPN.
-            train.batch_size = int(min(256, 2 ** np.floor(np.log2(max(8, 2 * memory)))))
+            train.batch_size = method.batch_size(torch.cuda.get_device_properties(device).total_memory / 2**30)
         notes_.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
     per_epoch = n_images / train.batch_size
     if train.max_steps is None:
@@ -394,6 +392,9 @@ def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: 
         return
     parts = list(method.exported_parts(detector))
     metadata = {"kind": "pretrain", "method": method.name, "parts": parts, "steps": summary.steps}
+    metadata["notes"] = method.export_notes()
+    before = (run.record.get("start") or {}).get("method", SCRATCH)
+    metadata["made_by"] = method.title if before == SCRATCH else f"{method.title} on {before}"
     save_detector(run.path / DETECTOR_FILE, detector.part_state(parts), metadata)
     write_plain_code(run.path, detector, _LOADING.format(parts=", ".join(parts), file=DETECTOR_FILE))
     trained = method.trained_parts(detector)

@@ -66,7 +66,7 @@ def load_start(detector: Detector, start: Path | str) -> LoadReport:
     own = detector.part_state(["backbone"])
     if own.keys() & adapted.keys():
         report = load_state(detector.module, adapted, str(file))
-        report.moved = moved
+        report.moved, report.notes = moved, list(read_metadata(file).get("notes", []))
         return report
     backbone = to_backbone(state, str(file), detector.plain_backbone)
     known = detector.module.state_dict()
@@ -94,5 +94,5 @@ def start_record(start: Any) -> dict[str, Any]:
         return {"from": str(start), "method": str(start), "pretrain_steps": 0}
     path = Path(start)
     metadata = read_metadata(path / DETECTOR_FILE if path.is_dir() else path)
-    method = metadata.get("method") or metadata.get("kind") or path.stem
+    method = metadata.get("made_by") or metadata.get("method") or metadata.get("kind") or path.stem
     return {"from": str(start), "method": method, "pretrain_steps": metadata.get("steps", 0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -275,7 +276,8 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def method_title(method: str) -> str:
-    return METHOD_TITLES.get(method, method)
+    """"aligndet on soco" -> "AlignDet on SoCo": names that are known, as their papers write them."""
+    return re.sub("|".join(METHOD_TITLES), lambda m: METHOD_TITLES[m[0]], method)
 
 
 def start_names(starts: Sequence[Start]) -> dict[Start, str]:
@@ -287,7 +289,12 @@ def start_names(starts: Sequence[Start]) -> dict[Start, str]:
     several_pretrainings = len({(s.method, s.pretrain_steps) for s in starts}) > len({s.method for s in starts})
     detectors = {s.detector: json.loads(s.detector) for s in starts}
     keys = dict.fromkeys(key for settings in detectors.values() for key in settings)
-    differing = [key for key in keys if len({json.dumps(s.get(key)) for s in detectors.values()}) > 1]
+    names_of = dict.fromkeys(settings.get("name") for settings in detectors.values())
+    families = [[s for s in detectors.values() if s.get("name") == name] for name in names_of]
+    # What another family is made of goes without saying.
+    alike = lambda key, settings: len({json.dumps(s.get(key)) for s in settings}) <= 1
+    differing = [key for key in keys if not all(alike(key, of_one) for of_one in families)]
+    differing += ["name"] * (len(families) > 1)
     names = {}
     for start in starts:
         name = method_title(start.method)
