@@ -226,9 +226,10 @@ class BareAlignDet(Bare):
     def contrast(self, online: Tensor, target: Tensor) -> Tensor:
         """InfoNCE on the pairs that are known."""
         z1, z2 = F.normalize(online.float(), dim=-1), F.normalize(target.float(), dim=-1)
-        similar = z1 @ torch.cat([z1, z2]).T / self.method.settings.T
-        against = similar.masked_fill(self.same, -1e9).logsumexp(dim=1)
-        return (F.softplus(against[self.one] - similar[self.one, len(z1) + self.two]) * self.share).sum()
+        similar = (z1 / self.method.settings.T) @ torch.cat([z1, z2]).T
+        pairs = similar[self.one, len(z1) + self.two]
+        against = similar.masked_fill_(self.same, -1e9).logsumexp(dim=1)
+        return (F.softplus(against[self.one] - pairs) * self.share).sum()
 
 
 class BareAlignDetRegions(BareAlignDet):

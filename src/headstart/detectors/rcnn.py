@@ -346,7 +346,8 @@ class RCNN(TorchvisionDetector):
         hidden = self.box_head(heads.box_roi_pool(maps, stand_in(rois, sizes), shapes))
         hidden = hidden[: sum(len(r) for r in rois)]
         if losses:
-            deltas = heads.box_predictor.bbox_pred(hidden)[:, 4:8]
+            layer = self.box_predictor.bbox_pred
+            deltas = F.linear(hidden, layer.weight[4:8], layer.bias[4:8])
             found["boxes"] = box_loss(heads.box_coder, deltas, rois, matched, targets)
         image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matched)])
         return Matched(projector(hidden), image, torch.cat(matched), found)

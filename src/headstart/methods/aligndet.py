@@ -266,16 +266,17 @@ def info_nce(z1: Tensor, z2: Tensor, p1: Tensor, p2: Tensor, T: float) -> Tensor
     offset = distributed.rank() * 2**48
     everyone = distributed.gather_rows(torch.cat([z1, z2]))
     theirs = distributed.gather_rows(torch.cat([p1, p2]) + offset)
-    similar = z1 @ everyone.T / T
-    other = (p1 + offset)[:, None] != theirs[None]
+    similar = (z1 / T) @ everyone.T
+    # Of thousands by thousands few are pairs: what is worked out for those alone is not worked out for all.
+    one, two = (p1[:, None] == p2).nonzero().unbind(1)
+    similar_pairs = similar[one, (theirs < offset).sum() + len(p1) + two]  # after those of the processes before
     # A finite "minus infinity": the gradient of a logsumexp over nothing is not a number.
-    against = similar.masked_fill(~other, -1e9).logsumexp(dim=1, keepdim=True)
-    pair = p1[:, None] == p2[None]
-    each = F.softplus(against - z1 @ z2.T / T)  # -log of the pair's share
+    against = similar.masked_fill_((p1 + offset)[:, None] == theirs, -1e9).logsumexp(dim=1)
+    each = F.softplus(against[one] - similar_pairs)  # -log of the pair's share
     _, proposal = torch.unique(p1, return_inverse=True)
-    count = int(proposal.max()) + 1 if len(proposal) else 0
-    sums = each.new_zeros(count).index_add(0, proposal, (each * pair).sum(dim=1))
-    pairs = each.new_zeros(count).index_add(0, proposal, pair.sum(dim=1).to(each.dtype))
+    nothing = each.new_zeros(len(p1))
+    sums = nothing.index_add(0, proposal[one], each)
+    pairs = nothing.index_add(0, proposal[one], torch.ones_like(each))
     answered = (pairs > 0).sum()
     # The mean over all processes' proposals, as the mean over processes that follows sees it.
     share = distributed.mean(answered.to(each.dtype)).clamp(min=1 / distributed.world())
