@@ -18,7 +18,7 @@ import os
 import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,10 @@ def main() -> int:
     parser.add_argument("--unlabelled", type=Path, help="other photos to pretrain on (default: those of train.json)")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps (default: 100)")
+    parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps (default: 150)")
     parser.add_argument("--families", nargs="+", default=["faster_rcnn", "retinanet", "fcos"])
+    parser.add_argument("--pretrain-steps", type=int, help="steps of pretraining (default: each start's own)")
+    parser.add_argument("--only", nargs="+", choices=[s.run for s in STARTS if s.method], help="these starts alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     options = parser.parse_args()
     if "HEADSTART_DATA" not in os.environ:
@@ -171,7 +173,8 @@ def main() -> int:
         return 2
     data, out = Path(os.environ["HEADSTART_DATA"]) / "bccd", options.out
     photos = options.unlabelled or photos_of(data, out)
-    starts = [start for start in STARTS if start.family in options.families]
+    starts = [s for s in STARTS if s.family in options.families and (not options.only or s.run in options.only)]
+    made = [replace(s, steps=options.pretrain_steps or s.steps) for s in STARTS if s.method]
 
     import headstart
 
@@ -179,7 +182,7 @@ def main() -> int:
     headstart.propose(photos, boxes, settings=small_boxes())
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        needed = {start.run: start for start in STARTS if start.method}
+        needed = {start.run: start for start in made}
         wanted = {start.run for start in starts} | {needed[s.run].after for s in starts if s.run in needed}
         for after in (False, True):  # first what starts from nothing
             making = [
