@@ -158,3 +158,34 @@ def test_fine_tuning_another_family_takes_over_what_both_have(tmp_path, scenes, 
     assert settings.short_side_px == 64
     assert any(key.startswith("backbone.fpn.inner_blocks.2.1.") for key in tuned.load_report.matched)
     assert not tuned.load_report.reshaped
+
+
+def test_pretraining_goes_on_with_the_detector_of_its_start(tmp_path, scenes, tiny):
+    """ADePT's second way: the RPN on a SoCo run, without naming the detector again; then another family on the same."""
+    small = {"method.hidden": 16, "method.dim": 8, "proposals.engine": "random", "train.workers": 0}
+    common = {"max_steps": 1, "batch_size": 2, "device": "cpu", "show": False}
+    soco = headstart.pretrain(
+        "faster_rcnn",
+        scenes / "unlabelled",
+        "soco",
+        out=tmp_path / "soco",
+        settings={**{f"detector.{k}": v for k, v in tiny.items()}, **small, "method.view_px": 64},
+        **common,
+    )
+    rpn = headstart.pretrain(
+        images=scenes / "unlabelled",
+        method="adept",
+        start=soco.path,
+        out=tmp_path / "rpn",
+        settings={**small, "method.view_px": 64, "method.training": "separate"},
+        **common,
+    )
+    assert rpn.detector.settings == soco.detector.settings
+    record = (rpn.path / "run.json").read_text()
+    assert '"method": "soco"' in record
+    report = load_start(detectors.build(rpn.detector.settings), rpn.path)
+    assert "anchors of 6.85714, 13.7143" in report.notes[0]
+    fcos = headstart.pretrain(
+        "fcos", scenes / "unlabelled", "aligndet", start=soco.path, out=tmp_path / "fcos", settings=small, **common
+    )
+    assert (fcos.detector.settings.fpn_channels, fcos.detector.settings.fpn_norm) == (8, "bn")

@@ -28,7 +28,7 @@ from headstart.optim import OptimSettings, settle_optim
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import Settings, flatten, merge, parse_assignments, validate
 from headstart.verbs.evaluate import Evaluation, in_order_of, run_detector, write_evaluation
-from headstart.verbs.start import SCRATCH, detector_of, load_start, start_record
+from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
 EPOCHS = 12  # COCO's 1x schedule
 MIN_STEPS = 1000
@@ -348,16 +348,6 @@ def finetune(
                 if show:
                     notes.print(f"Weights: {run.path / DETECTOR_FILE}")
     return Finetuned(out, wrapped, summary, report, evaluation)
-
-
-def for_family(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the detector that a run started from, as far as the family ``name`` takes them over."""
-    settings = detectors.settings_type(name)
-    known = detectors.settings_type(str(base["name"])) if "name" in base else settings
-    if known is settings:
-        return dict(base)
-    shared = detectors.parse_settings(base).shared()
-    return {key: value for key, value in shared.items() if key in settings.model_fields}
 
 
 def settle(config: Any, n_images: int, device: torch.device) -> list[str]:

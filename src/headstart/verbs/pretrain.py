@@ -28,9 +28,9 @@ from headstart.proposals import ProposalSettings, make_engine
 from headstart.proposals.finder import Finder
 from headstart.proposals.store import ProposalStore
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
-from headstart.settings import merge, parse_assignments, validate
+from headstart.settings import flatten, merge, parse_assignments, validate
 from headstart.verbs.propose import propose
-from headstart.verbs.start import SCRATCH, load_start, start_record
+from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
 ON_THE_FLY = "on-the-fly"  # instead of a file of proposals
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
@@ -216,7 +216,7 @@ def pretrain(
 
     Args:
         detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place; None:
-            the recipe's, or "faster_rcnn".
+            the recipe's, or what ``start`` was, or "faster_rcnn".
         images: folder, read with all its subfolders and the .tar shards in it; or one .tar file.
         method: name of the pretraining method; None: the recipe's, or "soco".
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
@@ -247,7 +247,9 @@ def pretrain(
     if None not in (named, method) and named != method:
         raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
     method = method or named or "soco"
-    name = detector if isinstance(detector, str) else section.get("detector", {}).get("name", "faster_rcnn")
+    base = {} if given is not None or start is None else detector_of(start)
+    named = section.get("detector", {}).get("name") or base.get("name") or "faster_rcnn"
+    name = detector if isinstance(detector, str) else named
     kind = config_type(method, name)
     explicit = {
         "detector.name": name if given is None else None,
@@ -258,7 +260,10 @@ def pretrain(
         "train.seed": seed,
         "train.device": device,
     }
-    values = merge(section, {k: v for k, v in explicit.items() if v is not None})
+    # What the start was built as, then the recipe, then what was asked for.
+    values = merge({}, {f"detector.{k}": v for k, v in for_family(name, base).items()})
+    values = merge(values, flatten(section))
+    values = merge(values, {k: v for k, v in explicit.items() if v is not None})
     assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
     config: Any = validate(kind, merge(values, assignments), f"pretrain {method}")
     if epochs is not None and max_steps is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from headstart import detectors
 from headstart.detectors import backbones
 from headstart.detectors.checkpoints import BackboneState, to_backbone
 from headstart.detectors.detector import Detector
@@ -39,6 +41,16 @@ def detector_of(start: Path | str) -> dict[str, Any]:
             f"start from {path / DETECTOR_FILE} and name the detector (--detector, --backbone)"
         )
     return settings
+
+
+def for_family(name: str, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ``base``, the settings of the detector that a run starts from, those that the family ``name`` takes over."""
+    settings = detectors.settings_type(name)
+    known = detectors.settings_type(str(base["name"])) if "name" in base else settings
+    if known is settings:
+        return dict(base)
+    shared = detectors.parse_settings(base).shared()
+    return {key: value for key, value in shared.items() if key in settings.model_fields}
 
 
 def load_start(detector: Detector, start: Path | str) -> LoadReport:

@@ -276,7 +276,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def method_title(method: str) -> str:
-    """"aligndet on soco" -> "AlignDet on SoCo": names that are known, as their papers write them."""
+    """ "aligndet on soco" -> "AlignDet on SoCo": names that are known, as their papers write them."""
     return re.sub("|".join(METHOD_TITLES), lambda m: METHOD_TITLES[m[0]], method)
 
 
