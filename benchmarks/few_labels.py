@@ -165,7 +165,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps (default: 150)")
     parser.add_argument("--families", nargs="+", default=["faster_rcnn", "retinanet", "fcos"])
     parser.add_argument("--pretrain-steps", type=int, help="steps of pretraining (default: each start's own)")
-    parser.add_argument("--only", nargs="+", choices=[s.run for s in STARTS if s.method], help="these starts alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(dict.fromkeys(s.run for s in STARTS)), help="these starts alone"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     options = parser.parse_args()
     if "HEADSTART_DATA" not in os.environ:

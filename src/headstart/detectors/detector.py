@@ -98,10 +98,10 @@ class Detector(nn.Module, ABC):
         return found
 
     @abstractmethod
-    def features(self, images: Tensor, neck: bool = True) -> Features:
+    def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """Pyramid of ``images`` (B, 3, H, W), uint8 or float in [0, 1].
 
-        ``neck=False``: the backbone's last map alone.
+        ``neck=False``: the backbone's last map alone. ``sizes`` (B, 2): height and width of each image without padding.
         """
 
     @abstractmethod

@@ -108,11 +108,11 @@ class TorchvisionDetector(Detector):
         maps = self.module.backbone(self.normalise(images, sizes))
         return {"0": maps} if isinstance(maps, Tensor) else maps
 
-    def features(self, images: Tensor, neck: bool = True) -> Features:
+    def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         if self.has_fpn and not neck:
-            name, last = list(self.module.backbone.body(self.normalise(images)).items())[-1]
+            name, last = list(self.module.backbone.body(self.normalise(images, sizes)).items())[-1]
             return {name: last}
-        return self.maps(images)
+        return self.maps(images, sizes)
 
     def loss(self, images: Sequence[Tensor], targets: Sequence[Target]) -> dict[str, Tensor]:
         return self.module([as_float(image) for image in images], list(targets))

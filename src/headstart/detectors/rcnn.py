@@ -168,9 +168,9 @@ class RCNN(TorchvisionDetector):
     def box_predictor(self) -> nn.Module:
         return self.module.roi_heads.box_predictor
 
-    def features(self, images: Tensor, neck: bool = True) -> Features:
+    def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """P2..P5 (stride 4 to 32); C4 detectors: one map. ``neck=False``: the backbone's last map alone."""
-        maps = super().features(images, neck)
+        maps = super().features(images, neck, sizes)
         return maps if not neck else {name: maps[name] for name in self._pooled_levels(maps)}
 
     def _pooled_levels(self, features: Features) -> list[str]:

@@ -130,6 +130,11 @@ class Method(ABC, Generic[M]):
         return int(min(256, 2 ** np.floor(np.log2(max(8, 2 * memory_gib)))))
 
     @property
+    def norm_images(self) -> int:
+        """Plain images that batch norm's statistics are taken over again at the end; 0: the views' will do."""
+        return 0
+
+    @property
     def title(self) -> str:
         """Its name, and what tells this way of running it from others, where that matters."""
         return self.name

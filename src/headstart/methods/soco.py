@@ -100,6 +100,12 @@ class SoCoSettings(Settings):
         description="largest box side sqrt(wh) on P2, P3, P4, in view px; larger ones on P5. "
         "Unset: the paper's 48, 96, 192 at 224 px, in proportion to view_px",
     )
+    precise_bn: int = Field(
+        256,
+        ge=0,
+        description="plain images that batch norm's statistics are taken over again at the end (released code: "
+        "PRECISE_BN); 0: left as the views made them",
+    )
     hidden: int = Field(4096, ge=1, description="hidden width of projector g and predictor q")
     dim: int = Field(256, ge=1, description="width of the embeddings v")
 
@@ -176,6 +182,10 @@ class SoCo(Method[SoCoSettings]):
         s = self.settings
         wanted = {"backbone": True, "neck": s.fpn, "head": s.head}
         return [part for part in detector.parts if wanted.get(part, False)]
+
+    @property
+    def norm_images(self) -> int:
+        return self.settings.precise_bn
 
     # ---- section 3.2 ------------------------------------------------------------------------------------------
 

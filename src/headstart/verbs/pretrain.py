@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import torch
 from pydantic import BaseModel, Field, create_model
 from torch import Tensor, nn
 
-from headstart import detectors, distributed, methods, recipes
+from headstart import detectors, distributed, methods, recipes, views
 from headstart.console import notes
 from headstart.datasets.image_set import ImageSet
 from headstart.detectors.detector import Detector, lent
+from headstart.detectors.statistics import recompute_statistics
 from headstart.detectors.weights import save_detector, write_plain_code
 from headstart.ema import EMA
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
@@ -33,6 +34,7 @@ from headstart.verbs.propose import propose
 from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
 ON_THE_FLY = "on-the-fly"  # instead of a file of proposals
+NORM_BATCH, NORM_BOXES = 16, 8  # images at a time, and boxes of each, that batch norm's statistics are taken over
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
 MIN_STEPS = 2000  # of a small set of images, the paper's epochs would be over before anything is learnt
 
@@ -184,13 +186,21 @@ class _Loader:
     def name_of(self, index: int) -> str:
         return (self.images.names if self.usable is None else self.usable.images)[index]
 
-    def __call__(self, index: int, rng: np.random.Generator) -> Any:
+    @property
+    def count(self) -> int:
+        return len(self.images.names if self.usable is None else self.usable.images)
+
+    def plain(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The image (H, W, 3) uint8, and its boxes (N, 4) xyxy px."""
         image = self.images.decode(self.name_of(index), short_side_px=self.method.decode_px)
         boxes = np.zeros((0, 4), np.float32)
         if self.boxes_of is not None:
             boxes, width = self.boxes_of(index)
             boxes = boxes * np.float32(image.shape[1] / width)  # it may have been decoded at a reduced scale
-        return self.method.views(image, boxes, rng)
+        return image, boxes
+
+    def __call__(self, index: int, rng: np.random.Generator) -> Any:
+        return self.method.views(*self.plain(index), rng)
 
 
 def pretrain(
@@ -342,9 +352,36 @@ def pretrain(
             )
             summary = fit(job, config.train, config.optim, run, resume, show)
             model.hand_over()
+            if summary.finished and distributed.is_main():
+                plain = _plain_batches(load, min(pretraining_method.norm_images, job.images), wrapped.input_px)
+                recompute_statistics(wrapped, pretraining_method.trained_parts(wrapped), plain)
         if distributed.is_main():
             _finish(run, wrapped, pretraining_method, config, summary, show)
     return Pretrained(out, wrapped, summary)
+
+
+def _plain_batches(load: _Loader, count: int, input_px: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``count`` images, evenly out of all, as the detector itself is shown them, and some boxes of each."""
+    rng = np.random.default_rng(0)
+    chosen = np.linspace(0, load.count - 1, count).astype(int)
+    for start in range(0, count, NORM_BATCH):
+        samples = []
+        for index in chosen[start : start + NORM_BATCH].tolist():
+            try:
+                image, boxes = load.plain(index)
+            except ImageError:
+                continue
+            short, long = input_px
+            height, width = image.shape[:2]
+            if not len(boxes):
+                boxes = np.array([[0, 0, width, height]], np.float32)
+            boxes = boxes[rng.integers(len(boxes), size=NORM_BOXES)]
+            scale = min(short / min(height, width), long / max(height, width))
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            samples.append([views.resize(views.View(image, boxes, np.arange(NORM_BOXES)), size)])
+        if len(samples) > 1:
+            (batch,) = collate_views(samples)
+            yield batch.images, batch.boxes, batch.sizes
 
 
 def settle(config: Any, method: Method, detector: Detector, n_images: int, device: torch.device) -> list[str]:
