@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from headstart.errors import TrainingError
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -160,6 +162,33 @@ class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out.to(input.dtype)
 
 
+class _WithActivation:
+    """timm's batch norms end with a drop and an activation of their own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[misc,attr-defined]
+
+
+class _CPUSyncBatchNormAct(_WithActivation, CPUSyncBatchNorm):
+    pass
+
+
+class _SyncBatchNormAct(_WithActivation, nn.SyncBatchNorm):
+    pass
+
+
+def _synchronised(layer: nn.Module, cuda: bool) -> type[nn.Module]:
+    """
+    Raises:
+        TrainingError: a batch norm that does something else besides, which nobody here knows of.
+    """
+    if type(layer).forward is nn.modules.batchnorm._BatchNorm.forward:
+        return nn.SyncBatchNorm if cuda else CPUSyncBatchNorm
+    if hasattr(layer, "act") and hasattr(layer, "drop"):
+        return _SyncBatchNormAct if cuda else _CPUSyncBatchNormAct
+    raise TrainingError(f"{type(layer).__name__}: can't be taken over several processes; use one, or another backbone")
+
+
 @contextlib.contextmanager
 def synchronised_batch_norm(module: nn.Module, device: torch.device) -> Iterator[None]:
     """All batch norms in ``module`` see the whole batch while this lasts.
@@ -176,12 +205,10 @@ def synchronised_batch_norm(module: nn.Module, device: torch.device) -> Iterator
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, nn.SyncBatchNorm)
     ]
     classes = [type(layer) for layer in changed]
-    for layer in changed:
-        if device.type == "cuda":
-            layer.process_group = None  # type: ignore[assignment]
-            layer.__class__ = nn.SyncBatchNorm
-        else:
-            layer.__class__ = CPUSyncBatchNorm
+    replacements = [_synchronised(layer, device.type == "cuda") for layer in changed]
+    for layer, replacement in zip(changed, replacements, strict=True):
+        layer.process_group = None  # type: ignore[assignment]
+        layer.__class__ = replacement  # type: ignore[assignment]
     try:
         yield
     finally:

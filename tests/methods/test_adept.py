@@ -130,7 +130,7 @@ def test_rpn_loss_is_equation_1(boxes, monkeypatch):
 
 def test_anchors_are_the_papers_at_its_size_and_in_proportion_elsewhere():
     assert adept(view_px=224).settings.anchor_px == [[24.0], [48.0], [96.0], [192.0]]
-    assert adept(view_px=56).settings.anchor_px == [[6.0], [12.0], [24.0], [48.0]]
+    assert adept(view_px=448).settings.anchor_px == [[48.0], [96.0], [192.0], [384.0]]
 
 
 def test_c4_keeps_as_many_anchors_a_cell_as_its_rpn_has_layers_for():
@@ -175,7 +175,30 @@ def test_det_loss_is_socos(photo):
     torch.manual_seed(1)
     theirs = Pretraining(soco, detector()).train()
     views = batch(method, photo)
-    torch.testing.assert_close(ours(Views(views))["align"], theirs(Views(views))["align"])
+    heads = [method.for_head(view) for view in views]
+    torch.testing.assert_close(ours(Views(views))["align"], theirs(Views(heads))["align"])
+
+
+def test_the_rpn_learns_from_boxes_as_they_were_found(photo):
+    """SoCo's jitter is the head's: behind the K jittered boxes are the same K without it."""
+    method = adept(jitter_prob=1.0)
+    first, second, _ = method.views(photo, BOXES, np.random.default_rng(0))
+    for view, jittered in ((first, True), (second, False)):
+        assert view.ids[:4].tolist() == view.ids[4:].tolist()
+        assert np.array_equal(view.boxes[:4], view.boxes[4:]) != jittered
+    plain = adept(jitter="none").views(photo, BOXES, np.random.default_rng(0))[0]
+    height, width = plain.size
+    scaled = BOXES[first.ids[4:]] * np.tile([width / 80, height / 60], 2)
+    mirrored = np.stack([width - scaled[:, 2], scaled[:, 1], width - scaled[:, 0], scaled[:, 3]], axis=1)
+    assert np.allclose(first.boxes[4:], scaled, atol=1e-3) or np.allclose(first.boxes[4:], mirrored, atol=1e-3)
+
+
+def test_slivers_that_a_crop_leaves_are_no_objects(photo):
+    method = adept()  # anchors of 6.9 px and more
+    (view, *_) = batch(method, photo)
+    view.boxes[0, 4] = torch.tensor([0.0, 0, 1.5, 40])
+    boxes = method.for_rpn(view)
+    assert [len(b) for b in boxes] == [3, 4]
 
 
 def test_rpn_loss_is_the_mean_over_the_first_two_views(photo):
@@ -187,7 +210,7 @@ def test_rpn_loss_is_the_mean_over_the_first_two_views(photo):
     got = method.rpn_loss(model.student, views, maps)
     torch.manual_seed(0)
     each = [
-        model.student.detector.rpn_loss(m, list(v.boxes), v.size, method.settings.anchor_px)
+        model.student.detector.rpn_loss(m, method.for_rpn(v), v.size, method.settings.anchor_px)
         for m, v in zip(maps[:2], views[:2], strict=True)
     ]
     for name in RPN:
@@ -212,7 +235,8 @@ def test_table_4_boxes_of_the_rpn_stand_beside_selective_searchs(photo):
     model, terms = step(method, photo)
     views, targets = model._seen
     assert torch.isfinite(terms["align"])
-    for view, wider in zip(views, targets.views, strict=True):
+    for both, wider in zip(views, targets.views, strict=True):
+        view = method.for_head(both)
         K = view.boxes.shape[1]
         assert torch.equal(wider.boxes[:, :K], view.boxes)
         assert wider.boxes.shape[1] == 2 * K
@@ -227,7 +251,7 @@ def test_table_4_boxes_of_the_rpn_stand_beside_selective_searchs(photo):
 def test_a_view_that_does_not_show_the_rpns_box_gets_selective_searchs_again(photo):
     method = adept(boxes="ss_rpn")
     model = Pretraining(method, detector()).train()
-    views = batch(method, photo)
+    views = [method.for_head(view) for view in batch(method, photo)]
     nowhere = [torch.zeros(0, 4), torch.zeros(0, 4)]
     model.teacher.detector.rpn_boxes = lambda *arguments: nowhere
     maps = model.teacher.detector.features(views[0].images)
@@ -276,6 +300,7 @@ def test_separate_training_wants_weights(tmp_path, scenes):
         ({"training": "separate", "boxes": "ss_rpn"}, "freezes everything but the RPN"),
         ({"training": "separate", "rpn_into_backbone": True}, "freezes everything but the RPN"),
         ({"instances": "random"}, "learns from proposals"),
+        ({"view_px": 112}, "need a multiple of 32"),
         ({"head": False}, "belong to soco"),
     ],
 )
@@ -310,3 +335,6 @@ def test_the_branch_that_is_kept(photo, branch):
 def test_optimiser_is_the_papers_for_large_batches():
     advised = ADePT(ADePTSettings()).optimizer(detector(), 2048)
     assert (advised.optimizer, advised.base_lr, advised.base_batch, advised.weight_decay) == ("lars", 0.1, 2048, 1e-5)
+    assert advised.warmup_epochs == 0
+    alone = ADePT(ADePTSettings(training="separate")).optimizer(detector(), 16)
+    assert (alone.optimizer, alone.base_lr * 16 / alone.base_batch) == ("adamw", 2e-3)

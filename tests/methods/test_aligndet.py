@@ -42,7 +42,7 @@ class Views:
 
 
 def batch(method, photo, boxes=BOXES, count: int = 2):
-    return collate_views([method.views(photo, boxes, np.random.default_rng(i)) for i in range(count)])
+    return collate_views([method.views(photo, boxes, np.random.default_rng(i)) for i in range(count)], 32)
 
 
 # ---- loss_con -------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ def test_images_without_proposals(family, counts, photo):
     method = aligndet(wrapped)
     model = Pretraining(method, wrapped).train()
     samples = [method.views(photo, BOXES[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
-    terms = model(Views(collate_views(samples)))
+    terms = model(Views(collate_views(samples, 32)))
     assert all(torch.isfinite(term) for term in terms.values()), terms
     sum(terms.values()).backward()
     for name, parameter in model.named_parameters():
@@ -183,7 +183,7 @@ def test_batched_is_single(family, photo):
         image[: view.size[0], : view.size[1]] = view.image
         return image
 
-    together = collate_views([[a], [b]])[0]
+    together = collate_views([[a], [b]], 32)[0]
     with torch.no_grad():
         both = method.predict(net, together, losses=False)
         for index, view in enumerate((a, b)):

@@ -189,3 +189,32 @@ def test_pretraining_goes_on_with_the_detector_of_its_start(tmp_path, scenes, ti
         "fcos", scenes / "unlabelled", "aligndet", start=soco.path, out=tmp_path / "fcos", settings=small, **common
     )
     assert (fcos.detector.settings.fpn_channels, fcos.detector.settings.fpn_norm) == (8, "bn")
+
+
+def test_frozen_parts_want_weights_that_fit(tmp_path, scenes, tiny):
+    """A ResNet-18's file fits some keys of a ResNet-34; the rest of a frozen backbone would stay random."""
+    file, _ = published(tmp_path)
+    with pytest.raises(
+        SettingsError, match=r"for 80 keys of backbone, and aligndet would .* another --backbone"
+    ):
+        headstart.pretrain(
+            "fcos",
+            scenes / "unlabelled",
+            "aligndet",
+            backbone="resnet34",
+            start=file,
+            out=tmp_path / "run",
+            settings={"detector.fpn_channels": 8},
+            show=False,
+        )
+    with pytest.raises(SettingsError, match=r"for \d+ keys of neck, \d+ keys of head, and adept separate would"):
+        headstart.pretrain(
+            "faster_rcnn",
+            scenes / "unlabelled",
+            "adept",
+            start=file,
+            out=tmp_path / "run",
+            settings={**{f"detector.{k}": v for k, v in tiny.items()}, "method.training": "separate"},
+            show=False,
+        )
+    assert not (tmp_path / "run").exists()

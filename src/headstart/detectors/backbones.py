@@ -25,6 +25,9 @@ from headstart.detectors.plain_code import Call
 from headstart.errors import SettingsError, WeightsError
 
 SWIN = {f"swin_{size[0]}": f"swin_{size}_patch4_window7_224" for size in ("tiny", "small", "base", "large")}
+# Trained on ImageNet-1k alone, as torchvision's ResNets are; timm's default for some saw ImageNet-22k before. There is
+# no such Swin-L.
+SUPERVISED = {name: f"{SWIN[name]}.ms_in1k" for name in ("swin_t", "swin_s", "swin_b")}
 STAGES = (2, 3, 4, 5)  # C2 (stride 4) to C5 (stride 32)
 
 
@@ -177,7 +180,7 @@ def pretrained(name: str) -> dict[str, Tensor]:
             if _is_timm(name):
                 import timm
 
-                return timm.create_model(SWIN.get(name, name), pretrained=True).state_dict()
+                return timm.create_model(SUPERVISED.get(name) or SWIN.get(name, name), pretrained=True).state_dict()
             return torchvision.models.get_model(name, weights="DEFAULT").state_dict()
     except Exception as error:  # of the network, the disk, the hub's client, ...
         reason = f"{type(error).__name__}: {error}"

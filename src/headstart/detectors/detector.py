@@ -211,6 +211,10 @@ class Detector(nn.Module, ABC):
         """The state of one backbone of this kind, under its library's names."""
         raise NotImplementedError
 
+    def is_neutral(self, key: str) -> bool:
+        """Whether the weight of this name, in ``module.state_dict()``, changes nothing as long as it is untrained."""
+        return key.endswith("num_batches_tracked")
+
     def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The weights of a related detector under this one's key names, and in words what was moved where."""
         return dict(state), []

@@ -133,6 +133,10 @@ class TorchvisionDetector(Detector):
         own = self.body.state_dict()
         return {prefix + key if key in own else key: value for key, value in placed.items()}, moved
 
+    def is_neutral(self, key: str) -> bool:
+        """The links of a composite backbone begin at zero."""
+        return super().is_neutral(key) or (key.startswith("backbone.body.") and ".links." in f".{key}")
+
     @property
     def plain_backbone(self) -> Mapping[str, Tensor]:
         return backbones.one_of(self.body).state_dict()

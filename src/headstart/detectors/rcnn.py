@@ -272,7 +272,7 @@ class RCNN(TorchvisionDetector):
     @property
     def anchor_px(self) -> tuple[tuple[int, ...], ...]:
         sizes = self.module.rpn.anchor_generator.sizes
-        pooled = len(self.module.roi_heads.box_roi_pool.featmap_names) if self.has_fpn else 1
+        pooled = len(self.module.backbone.fpn.layer_blocks) if self.has_fpn else 1
         return tuple(tuple(level) for level in sizes[:pooled])
 
     def _rpn(self, anchor_px: Sequence[Sequence[float]], before: int = 0, after: int = 0) -> RegionProposalNetwork:
@@ -347,7 +347,8 @@ class RCNN(TorchvisionDetector):
         hidden = hidden[: sum(len(r) for r in rois)]
         if losses:
             layer = self.box_predictor.bbox_pred
-            deltas = F.linear(hidden, layer.weight[4:8], layer.bias[4:8])
+            rows = slice(4, 8) if layer.out_features > 4 else slice(0, 4)  # a user's may be class-agnostic anyway
+            deltas = F.linear(hidden, layer.weight[rows], layer.bias[rows])
             found["boxes"] = box_loss(heads.box_coder, deltas, rois, matched, targets)
         image = torch.cat([torch.full_like(m, i) for i, m in enumerate(matched)])
         return Matched(projector(hidden), image, torch.cat(matched), found)

@@ -19,8 +19,8 @@ def recompute_statistics(
     """Running mean and variance of the batch norms in ``parts``, over ``batches`` alone, each counting the same.
 
     Methods that train on augmented views of several sizes leave averages over all of these behind, which fit none of
-    them, least of all plain images (SoCo's released code has PRECISE_BN for it). Fine-tuning forgets them, but frozen
-    features are only as good as they are.
+    them, least of all plain images. Fine-tuning forgets them, but frozen features are only as good as they are.
+    detectron2 calls this precise batch norm.
 
     Args:
         parts: names of parts of the detector; those that no image passes through here keep what they have.
@@ -54,8 +54,12 @@ def _averaging(layers: Sequence[nn.Module]) -> Iterator[None]:
         layer.reset_running_stats()
         layer.momentum = None
         layer.train()
-    yield
-    for layer, momentum, buffers in before:
-        layer.momentum = momentum
-        if not int(layer.num_batches_tracked):  # nothing came by
-            layer.load_state_dict(buffers, strict=False)
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        for layer, momentum, buffers in before:
+            layer.momentum = momentum
+            if not whole or not int(layer.num_batches_tracked):  # or nothing came by
+                layer.load_state_dict(buffers, strict=False)

@@ -13,7 +13,8 @@ SoCo (:mod:`headstart.methods.soco`) plus a trained RPN.
 
 Where this file differs from the paper, or fills a gap:
 
-* The paper does not say on which views the RPN is trained: V1 and V2, which have the same size.
+* The paper does not say on which views the RPN is trained: V1 and V2, which have the same size. Its boxes are without
+  SoCo's jitter, and those of which a crop leaves next to nothing are left out.
 * With ``boxes="ss_rpn"`` (Table 4) the paper does not say how a box of the RPN gets from one view to the others: the
   RPN looks at V1, and its boxes follow V1's crop and flip. One that is not visible in all views is replaced by one of
   Selective Search's. They come from the teacher's RPN, the moving average of the student's, since both networks have
@@ -31,7 +32,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from headstart.detectors.detector import Ability, Detector, Features
@@ -58,7 +59,7 @@ class ADePTSettings(SoCoSettings):
         "ss", description="boxes of L_det: Selective Search's, or the RPN's as well (Table 4: destroys the training)"
     )
     rpn_weight: float = Field(1.0, ge=0, description="weight of L_RPN against L_det (Eq. 8: 1)")
-    anchor_px: list[list[float]] | None = Field(
+    anchor_px: list[list[PositiveFloat]] | None = Field(
         None,
         description="sides of the RPN's anchors on each map, view px. Unset: the paper's 24, 48, 96, 192 at 224 px, in "
         "proportion to view_px",
@@ -98,6 +99,8 @@ class ADePT(SoCo):
         s = self.settings
         if s.instances != "proposals":
             raise SettingsError(f"adept's RPN learns from proposals; method.instances={s.instances} has none")
+        if s.view_px % 32:
+            raise SettingsError(f"method.view_px={s.view_px}: anchors on maps of stride 32 need a multiple of 32")
         if not s.fpn or not s.head:
             raise SettingsError("adept trains the detector whole; method.fpn and method.head belong to soco")
         if self.separate and (s.rpn_into_backbone or s.boxes != "ss"):
@@ -105,9 +108,13 @@ class ADePT(SoCo):
                 "method.training=separate freezes everything but the RPN; rpn_into_backbone and boxes=ss_rpn are for "
                 "method.training=joint"
             )
+        notes = []
         if self.separate:
-            s.v3 = "none"
-        notes = super().settle(detector, total_steps)
+            if s.star or s.v3 not in (None, "none"):
+                notes.append("v3 = none, star = off: the RPN is trained on V1 and V2")
+            s.v3, s.star = "none", False
+        settled = super().settle(detector, total_steps)
+        notes += [] if self.separate else settled  # those are about a loss that is not used
         if s.anchor_px is None:
             s.anchor_px = self._anchors(detector)
         wanted = [len(level) for level in detector.anchor_px]
@@ -129,7 +136,10 @@ class ADePT(SoCo):
     def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
         advised = super().optimizer(detector, batch_size)
         if advised.optimizer == "lars":
-            advised.base_lr, advised.base_batch = 0.1, 2048
+            advised.base_lr, advised.base_batch, advised.warmup_epochs = 0.1, 2048, 0
+        elif self.separate:
+            # The RPN alone bears, and needs, more than SoCo's rate: on blood cells 3e-4 left it at its base rate.
+            advised.base_lr, advised.base_batch = 2e-3, batch_size
         return advised
 
     def needs_start(self, detector: Detector) -> str | None:
@@ -172,6 +182,25 @@ class ADePT(SoCo):
             f"anchors of as many shapes a cell ({3 * len(s.anchor_px[0])})"
         ]
 
+    # ---- boxes: K as the head gets them, jittered, then the same K as they were found, for the RPN ---------------
+
+    def marked(self, view: View, rng: np.random.Generator, jitter: bool) -> View:
+        det = super().marked(view, rng, jitter)
+        boxes, ids = np.concatenate([det.boxes, view.boxes]), np.concatenate([det.ids, view.ids])
+        return View(view.image, boxes, ids, view.frame)
+
+    def for_head(self, view: ViewBatch) -> ViewBatch:
+        return replace(view, boxes=view.boxes[:, : self.settings.K], ids=view.ids[:, : self.settings.K])
+
+    def for_rpn(self, view: ViewBatch) -> list[Tensor]:
+        """(k, 4) an image; k may be 0."""
+        s = self.settings
+        assert s.anchor_px is not None
+        least = min(side for level in s.anchor_px for side in level) / 4
+        boxes = view.boxes[:, s.K :]
+        large = ((boxes[..., 2:] - boxes[..., :2]) >= least).all(dim=-1)
+        return [b[keep] for b, keep in zip(boxes, large, strict=True)]
+
     # ---- Eq. 1 ------------------------------------------------------------------------------------------------
 
     def rpn_loss(self, net: Net, views: Sequence[ViewBatch], maps: Sequence[Features]) -> dict[str, Tensor]:
@@ -182,7 +211,7 @@ class ADePT(SoCo):
         for view, features in list(zip(views, maps, strict=True))[:RPN_VIEWS]:
             if not s.rpn_into_backbone:
                 features = {name: map_.detach() for name, map_ in features.items()}
-            found.append(net.detector.rpn_loss(features, list(view.boxes), view.size, s.anchor_px))
+            found.append(net.detector.rpn_loss(features, self.for_rpn(view), view.size, s.anchor_px))
         return {name: s.rpn_weight * torch.stack([losses[name] for losses in found]).mean() for name in found[0]}
 
     # ---- Eq. 2-8 ----------------------------------------------------------------------------------------------
@@ -191,6 +220,7 @@ class ADePT(SoCo):
         if teacher is None:
             return None
         maps = [teacher.detector.features(view.images) for view in views]
+        views = [self.for_head(view) for view in views]
         if self.settings.boxes == "ss_rpn":
             views = self.with_rpn_boxes(teacher, views, maps[0])
         return Targets(views, [self.describe(teacher, view, m) for view, m in zip(views, maps, strict=True)])

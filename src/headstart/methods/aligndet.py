@@ -35,8 +35,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from headstart import distributed
 from headstart.detectors.detector import Ability, Detector, Matched
@@ -44,7 +45,7 @@ from headstart.ema import cosine_momentum
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
-from headstart.views import Photometric, View, hflip, resize
+from headstart.views import Photometric, View, hflip, resize, visible
 
 MOST_REGIONS, MOST_DENSE = 4096, 2048  # supplement B.2-B.4
 PAPER_TAU = 0.996
@@ -81,6 +82,12 @@ class AlignDetSettings(Settings):
     hidden: int = Field(256, ge=1, description="hidden width of the projection g")
     dim: int = Field(256, ge=1, description="width of the embeddings z")
 
+    @model_validator(mode="after")
+    def _smaller_first(self) -> Self:
+        if self.short_side_px is not None and not 0 < self.short_side_px[0] <= self.short_side_px[1]:
+            raise ValueError(f"short_side_px: {self.short_side_px}; expected two sides above 0, the smaller first")
+        return self
+
 
 class AlignDet(Method[AlignDetSettings]):
     """Box-domain pretraining of everything behind a frozen backbone."""
@@ -89,6 +96,8 @@ class AlignDet(Method[AlignDetSettings]):
     settings_type = AlignDetSettings
     paper = "https://arxiv.org/abs/2307.11077"
     epochs = 12
+    multiple_px = 32  # the stride of the coarsest map that anchors are laid on evenly
+    proposals: ClassVar[Mapping[str, Any]] = {"nms_iou": 0.5}  # supplement D.1
     needs: ClassVar[Mapping[Ability, str]] = {"match": "trains on the predictions that answer for a box"}
 
     def __init__(self, settings: AlignDetSettings) -> None:
@@ -134,9 +143,10 @@ class AlignDet(Method[AlignDetSettings]):
             drops=[8 / 12, 11 / 12],
         )
 
-    def batch_size(self, memory_gib: float) -> int:
-        """Detectors' own image sizes: the paper's 16, 4 GiB an image and less than that where they don't fit."""
-        return int(min(16, 2 ** np.floor(np.log2(max(2, memory_gib / 4)))))
+    def batch_size(self, detector: Detector, memory_gib: float) -> int:
+        """At most the paper's 16; about 4 GiB hold an image of 800 x 1333 px, and smaller ones in proportion."""
+        short, long = detector.input_px
+        return int(min(16, 2 ** np.floor(np.log2(max(2, memory_gib / 4 * (800 * 1333) / (short * long))))))
 
     @property
     def decode_px(self) -> int:
@@ -161,6 +171,7 @@ class AlignDet(Method[AlignDetSettings]):
 
     def views(self, image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator) -> list[View]:
         s = self.settings
+        boxes = boxes[visible(boxes)]
         ids = np.arange(len(boxes))
         if s.K is not None and len(boxes) > s.K:
             ids = np.sort(rng.choice(len(boxes), s.K, replace=False))

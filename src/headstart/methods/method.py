@@ -59,20 +59,20 @@ class ViewBatch:
         return replace(self, **{k: v.pin_memory() for k, v in vars(self).items()})
 
 
-STRIDE = 32  # of the coarsest map a padded batch has to fill evenly
+def collate_views(samples: Sequence[Sequence[View]], multiple_px: int = 1) -> list[ViewBatch]:
+    """B samples of V views -> V batches, NHWC memory as (B, 3, H, W). Nothing is copied twice unless sizes differ.
+
+    ``multiple_px``: sides are padded to a multiple of it.
+    """
+    return [_collate(views, multiple_px) for views in zip(*samples, strict=True)]
 
 
-def collate_views(samples: Sequence[Sequence[View]]) -> list[ViewBatch]:
-    """B samples of V views -> V batches, NHWC memory as (B, 3, H, W). Nothing is copied twice unless sizes differ."""
-    return [_collate(views) for views in zip(*samples, strict=True)]
-
-
-def _collate(views: Sequence[View]) -> ViewBatch:
+def _collate(views: Sequence[View], multiple_px: int) -> ViewBatch:
     sizes = np.array([view.size for view in views])
-    if (sizes == sizes[0]).all():
+    height, width = -(-sizes.max(axis=0) // multiple_px) * multiple_px
+    if (sizes == (height, width)).all():
         images = np.stack([view.image for view in views])
     else:
-        height, width = -(-sizes.max(axis=0) // STRIDE) * STRIDE
         images = np.zeros((len(views), height, width, 3), np.uint8)
         for image, view in zip(images, views, strict=True):
             image[: view.size[0], : view.size[1]] = view.image
@@ -124,10 +124,13 @@ class Method(ABC, Generic[M]):
                     f"{cls.name} {reason}, which a {detector.family} does not have; headstart methods says what fits"
                 )
 
-    def batch_size(self, memory_gib: float) -> int:
-        """Images a step that fit a GPU of this memory, where nobody says how many."""
+    def batch_size(self, detector: Detector, memory_gib: float) -> int:
+        """Images a step that fit one device of this memory, where nobody says how many."""
         # Measured nowhere near every detector: about 1 GiB holds two 224 px images with a ResNet-50 FPN.
         return int(min(256, 2 ** np.floor(np.log2(max(8, 2 * memory_gib)))))
+
+    proposals: ClassVar[Mapping[str, Any]] = {}  # settings of proposals, where the user says nothing else
+    multiple_px: ClassVar[int] = 1  # that the sides of a batch of views are padded to
 
     @property
     def norm_images(self) -> int:

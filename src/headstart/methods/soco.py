@@ -16,6 +16,7 @@ Where this file differs from the paper, or fills a gap:
   released code draws four independent r a box; so do we. It moves the corner; we move the centre, as the paper does.
 * Without scale-aware assignment the paper does not say which level a box comes from; we use FPN's own rule.
 * Without a head (Table 4) the pooled features are averaged; without FPN they come from the last residual block.
+* At the end batch norm's statistics are taken over plain images (``precise_bn``); the paper does not speak of it.
 * A box that a crop cuts is kept and clipped; one that it leaves outside is dropped (for the padded sample of K,
   see :meth:`SoCo.views`).
 * The released code also cuts out squares of boxes in one of its scripts, which the paper does not mention; we do not.
@@ -103,8 +104,8 @@ class SoCoSettings(Settings):
     precise_bn: int = Field(
         256,
         ge=0,
-        description="plain images that batch norm's statistics are taken over again at the end (released code: "
-        "PRECISE_BN); 0: left as the views made them",
+        description="plain images that batch norm's statistics are taken over again at the end, as detectron2's "
+        "PRECISE_BN does; 0: left as the views made them",
     )
     hidden: int = Field(4096, ge=1, description="hidden width of projector g and predictor q")
     dim: int = Field(256, ge=1, description="width of the embeddings v")
@@ -240,12 +241,17 @@ class SoCo(Method[SoCoSettings]):
         return views
 
     def augment(self, view: View, photometric: Photometric, rng: np.random.Generator, jitter: bool) -> View:
-        s = self.settings
-        boxes = view.boxes
-        if jitter:
-            boxes = jitter_boxes(boxes, rng, *view.size, prob=s.jitter_prob, frac=s.jitter_r)
-        view = View(photometric(view.image, rng), boxes, view.ids, view.frame)
+        view = self.marked(view, rng, jitter)
+        view = View(photometric(view.image, rng), view.boxes, view.ids, view.frame)
         return hflip(view) if rng.random() < 0.5 else view
+
+    def marked(self, view: View, rng: np.random.Generator, jitter: bool) -> View:
+        """The boxes as the networks get them."""
+        s = self.settings
+        if not jitter:
+            return view
+        boxes = jitter_boxes(view.boxes, rng, *view.size, prob=s.jitter_prob, frac=s.jitter_r)
+        return View(view.image, boxes, view.ids, view.frame)
 
     # ---- section 3.3 ------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from headstart.console import notes
 from headstart.datasets.image_set import ImageSet
 from headstart.detectors.detector import Detector, lent
 from headstart.detectors.statistics import recompute_statistics
-from headstart.detectors.weights import save_detector, write_plain_code
+from headstart.detectors.weights import LoadReport, save_detector, write_plain_code
 from headstart.ema import EMA
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
 from headstart.errors import DataError, ImageError, SettingsError
@@ -33,8 +34,9 @@ from headstart.settings import flatten, merge, parse_assignments, validate
 from headstart.verbs.propose import propose
 from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
+CPU_MEMORY_GIB = 8  # where there is no GPU: a share of what such machines have
 ON_THE_FLY = "on-the-fly"  # instead of a file of proposals
-NORM_BATCH, NORM_BOXES = 16, 8  # images at a time, and boxes of each, that batch norm's statistics are taken over
+NORM_PX, NORM_BOXES = 2_000_000, 8  # pixels at a time, and boxes an image, that batch norm's statistics are taken over
 CACHE = "cache"  # in the run folder: proposals as workers and processes share them
 MIN_STEPS = 2000  # of a small set of images, the paper's epochs would be over before anything is learnt
 
@@ -88,8 +90,16 @@ class Pretraining(nn.Module):
         self._ema: EMA | None = None
         if method.momentum(0, 1) is not None:
             heads = nn.ModuleDict({name: self.student.heads[name] for name in method.teacher_heads})
-            self.teacher = copy.deepcopy(Net(detector, heads)).requires_grad_(False)
+            # What stays as it is, is there once.
+            shared = {id(part): part for part in self._frozen(detector)}
+            self.teacher = copy.deepcopy(Net(detector, heads), shared).requires_grad_(False)
         self._seen: tuple[Sequence[ViewBatch], Any] | None = None
+
+    @staticmethod
+    def _frozen(detector: Detector) -> list[nn.Module]:
+        """Submodules of ``detector.module``, one a prefix, of which nothing is trained."""
+        every = [detector.module.get_submodule(p.rstrip(".")) for group in detector.prefixes.values() for p in group]
+        return [part for part in every if not any(p.requires_grad for p in part.parameters())]
 
     def train(self, mode: bool = True) -> Pretraining:
         """Batch norm of frozen parts keeps its statistics."""
@@ -130,8 +140,8 @@ class Pretraining(nn.Module):
 class _Views:
     """A batch as the engine moves it."""
 
-    def __init__(self, samples: Sequence[Any]) -> None:
-        self.views = collate_views(samples)
+    def __init__(self, samples: Sequence[Any], multiple_px: int) -> None:
+        self.views = collate_views(samples, multiple_px)
 
     def to(self, device: torch.device) -> _Views:
         self.views = [view.to(device) for view in self.views]
@@ -190,9 +200,9 @@ class _Loader:
     def count(self) -> int:
         return len(self.images.names if self.usable is None else self.usable.images)
 
-    def plain(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The image (H, W, 3) uint8, and its boxes (N, 4) xyxy px."""
-        image = self.images.decode(self.name_of(index), short_side_px=self.method.decode_px)
+    def plain(self, index: int, short_side_px: int) -> tuple[np.ndarray, np.ndarray]:
+        """The image (H, W, 3) uint8, its short side at least so long where it is, and its boxes (N, 4) xyxy px."""
+        image = self.images.decode(self.name_of(index), short_side_px=short_side_px)
         boxes = np.zeros((0, 4), np.float32)
         if self.boxes_of is not None:
             boxes, width = self.boxes_of(index)
@@ -200,7 +210,7 @@ class _Loader:
         return image, boxes
 
     def __call__(self, index: int, rng: np.random.Generator) -> Any:
-        return self.method.views(*self.plain(index), rng)
+        return self.method.views(*self.plain(index, self.method.decode_px), rng)
 
 
 def pretrain(
@@ -271,7 +281,8 @@ def pretrain(
         "train.device": device,
     }
     # What the start was built as, then the recipe, then what was asked for.
-    values = merge({}, {f"detector.{k}": v for k, v in for_family(name, base).items()})
+    values = merge({"proposals": dict(methods.method_type(method).proposals)}, {})
+    values = merge(values, {f"detector.{k}": v for k, v in for_family(name, base).items()})
     values = merge(values, flatten(section))
     values = merge(values, {k: v for k, v in explicit.items() if v is not None})
     assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
@@ -293,7 +304,9 @@ def pretrain(
                 f"{method} {reason}. Name the weights with --start: a run folder, a weights file, or imagenet "
                 "(--start scratch: random weights on purpose)"
             )
-        report = None if start in (None, SCRATCH) else load_start(wrapped, start)
+        report = None if start is None or str(start) == SCRATCH else load_start(wrapped, start)
+        if reason and report is not None:
+            _check_frozen(wrapped, pretraining_method, report)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
         if show and distributed.is_main():
             found.print_notes()
@@ -344,7 +357,7 @@ def pretrain(
                 model=model,
                 images=len(found if store is None else store),
                 load=load,
-                collate=_Views,
+                collate=functools.partial(_Views, multiple_px=pretraining_method.multiple_px),
                 name_of=load.name_of,
                 after_step=model.after_step,
                 watch=model.watch,
@@ -352,7 +365,7 @@ def pretrain(
             )
             summary = fit(job, config.train, config.optim, run, resume, show)
             model.hand_over()
-            if summary.finished and distributed.is_main():
+            if summary.finished:
                 plain = _plain_batches(load, min(pretraining_method.norm_images, job.images), wrapped.input_px)
                 recompute_statistics(wrapped, pretraining_method.trained_parts(wrapped), plain)
         if distributed.is_main():
@@ -364,11 +377,12 @@ def _plain_batches(load: _Loader, count: int, input_px: tuple[int, int]) -> Iter
     """``count`` images, evenly out of all, as the detector itself is shown them, and some boxes of each."""
     rng = np.random.default_rng(0)
     chosen = np.linspace(0, load.count - 1, count).astype(int)
-    for start in range(0, count, NORM_BATCH):
+    together = max(2, min(16, NORM_PX // (input_px[0] * input_px[1])))
+    for start in range(0, count, together):
         samples = []
-        for index in chosen[start : start + NORM_BATCH].tolist():
+        for index in chosen[start : start + together].tolist():
             try:
-                image, boxes = load.plain(index)
+                image, boxes = load.plain(index, input_px[0])
             except ImageError:
                 continue
             short, long = input_px
@@ -380,7 +394,7 @@ def _plain_batches(load: _Loader, count: int, input_px: tuple[int, int]) -> Iter
             size = max(1, round(height * scale)), max(1, round(width * scale))
             samples.append([views.resize(views.View(image, boxes, np.arange(NORM_BOXES)), size)])
         if len(samples) > 1:
-            (batch,) = collate_views(samples)
+            (batch,) = collate_views(samples, 32)
             yield batch.images, batch.boxes, batch.sizes
 
 
@@ -388,9 +402,10 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
     """Fill in what the user left open, for the images and the machine at hand; returns what was chosen and why."""
     train, notes_ = config.train, []
     if train.batch_size is None:
-        train.batch_size = 16
+        memory = CPU_MEMORY_GIB
         if device.type == "cuda":
-            train.batch_size = method.batch_size(torch.cuda.get_device_properties(device).total_memory / 2**30)
+            memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        train.batch_size = method.batch_size(detector, memory) * distributed.world()
         notes_.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
     per_epoch = n_images / train.batch_size
     if train.max_steps is None:
@@ -402,6 +417,23 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
     notes_ += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
     notes_ += method.settle(detector, train.max_steps)
     return notes_
+
+
+def _check_frozen(detector: Detector, method: Method, report: LoadReport) -> None:
+    """
+    Raises:
+        SettingsError: a part that is not trained, but kept, would keep random weights.
+    """
+    frozen = [part for part in method.exported_parts(detector) if part not in method.trained_parts(detector)]
+    without = [*report.missing, *(key for key, _, _ in report.reshaped)]
+    random = {part: [k for k in without if k.startswith(detector.prefixes[part])] for part in frozen}
+    random = {part: keys for part, of in random.items() if (keys := [k for k in of if not detector.is_neutral(k)])}
+    if random:
+        counted = ", ".join(f"{len(keys)} keys of {part}" for part, keys in random.items())
+        raise SettingsError(
+            f"{report.source}: no weights that fit for {counted}, and {method.title} would leave them random. Is it of "
+            "another --backbone or --detector?"
+        )
 
 
 def _share(images: ImageSet, cache: Path) -> None:
