@@ -134,16 +134,21 @@ dist.destroy_process_group()
 
 
 def test_synchronised_batch_norm_equals_the_whole_batch(tmp_path):
-    """Outputs, running statistics and gradients, for 1-D, 2-D inputs and ranks with different counts."""
+    """Outputs, running statistics and gradients, for 1-D, 2-D inputs and ranks with different counts.
+
+    timm's batch norms carry an activation, which has to stay.
+    """
     torchrun(
         tmp_path,
         """
 import torch, torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import nn
 from headstart.distributed import synchronised_batch_norm
+from headstart.errors import TrainingError
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-for shape, kind in (((6, 3), nn.BatchNorm1d), ((6, 3, 4, 4), nn.BatchNorm2d)):
+for shape, kind in (((6, 3), nn.BatchNorm1d), ((6, 3, 4, 4), nn.BatchNorm2d), ((6, 3, 4, 4), BatchNormAct2d)):
     torch.manual_seed(0)
     x = torch.randn(shape) * 3 + 100
     w = torch.randn(shape)
@@ -167,6 +172,17 @@ for shape, kind in (((6, 3), nn.BatchNorm1d), ((6, 3, 4, 4), nn.BatchNorm2d)):
     torch.testing.assert_close(ours.running_mean, fresh.running_mean)
     torch.testing.assert_close(ours.running_var, fresh.running_var, atol=1e-4, rtol=1e-4)
     assert int(ours.num_batches_tracked) == 1
+    assert (out >= 0).all() == (kind is BatchNormAct2d)
+
+class Odd(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+try:
+    with synchronised_batch_norm(Odd(3), torch.device("cpu")):
+        raise AssertionError("taken for a plain one")
+except TrainingError as error:
+    assert "Odd" in str(error)
 dist.destroy_process_group()
 """,
     )
