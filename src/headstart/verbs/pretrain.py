@@ -19,7 +19,7 @@ from headstart import detectors, distributed, methods, recipes, views
 from headstart.console import notes
 from headstart.datasets.image_set import ImageSet
 from headstart.detectors.detector import Detector, lent
-from headstart.detectors.statistics import recompute_statistics
+from headstart.detectors.norm_statistics import recompute_statistics
 from headstart.detectors.weights import LoadReport, save_detector, write_plain_code
 from headstart.ema import EMA
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device

@@ -6,8 +6,8 @@ import torch
 
 import headstart
 from headstart import detectors
+from headstart.detectors.norm_statistics import recompute_statistics
 from headstart.detectors.rcnn import RCNNSettings
-from headstart.detectors.statistics import recompute_statistics
 
 PARTS = ["backbone", "neck", "head"]
 
