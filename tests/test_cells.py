@@ -5,6 +5,7 @@ The README's table says which those are; it is what the registries say, and each
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ DETECTORS = {
     "retinanet": PYRAMID | ANCHORS,
     "fcos": PYRAMID | ANCHORS,
 }
+QUICK = {"train.workers": 0, "train.amp": "off", "train.checkpoint_every": 2}
 VIEWS = {"view_px": 64, "hidden": 16, "dim": 8}
 METHOD_SETTINGS = {"soco": VIEWS, "adept": VIEWS, "aligndet": {"hidden": 16, "dim": 8, "K": 8}}
 TABLE = methods.table()
@@ -71,9 +73,16 @@ def boxes(scenes, tmp_path_factory) -> Path:
     ).path
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Emptied at once: the runs of all cells together would be gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.parametrize(("family", "method", "detector", "chosen"), VARIANTS)
-def test_a_cell(family, method, detector, chosen, scenes, boxes, tmp_path):
-    settings = {"train.workers": 0, "train.amp": "off"}
+def test_a_cell(family, method, detector, chosen, scenes, boxes, folder):
+    settings = dict(QUICK)
     settings |= {f"detector.{k}": v for k, v in {**DETECTORS[family], **detector}.items()}
     settings |= {f"method.{k}": v for k, v in {**METHOD_SETTINGS[method], **chosen}.items()}
     common = {"max_steps": 2, "batch_size": 2, "device": "cpu", "show": False}
@@ -81,7 +90,7 @@ def test_a_cell(family, method, detector, chosen, scenes, boxes, tmp_path):
         family,
         scenes / "unlabelled",
         method,
-        out=tmp_path / "pretrained",
+        out=folder / "pretrained",
         start="scratch",
         proposals=boxes,
         settings=settings,
@@ -97,8 +106,8 @@ def test_a_cell(family, method, detector, chosen, scenes, boxes, tmp_path):
         pretrained.path,
         scenes / "train.json",
         scenes / "val.json",
-        out=tmp_path / "tuned",
-        settings={"train.workers": 0, "train.amp": "off"},
+        out=folder / "tuned",
+        settings=QUICK,
         **common,
     )
     assert set(tuned.load_report.matched) >= set(kept)
@@ -116,7 +125,7 @@ def test_a_cell(family, method, detector, chosen, scenes, boxes, tmp_path):
             for key in a:
                 torch.testing.assert_close(a[key], b[key])
     for name in formats.FORMATS if "head_width" in DETECTORS[family] else ("torchvision", "timm"):
-        assert headstart.export(tuned.path, name, out=tmp_path / f"{name}.safetensors").path.exists()
+        assert headstart.export(tuned.path, name, out=folder / f"{name}.safetensors").path.exists()
 
 
 def built_without_us(run: Path) -> torch.nn.Module:
@@ -128,7 +137,7 @@ def built_without_us(run: Path) -> torch.nn.Module:
     return scope["detector"]
 
 
-def test_any_torchvision_object_of_these_families_is_pretrained_in_place(scenes, boxes, tmp_path):
+def test_any_torchvision_object_of_these_families_is_pretrained_in_place(scenes, boxes, folder):
     from torchvision.models.detection import fcos_resnet50_fpn, retinanet_resnet50_fpn_v2
 
     for build, name in ((fcos_resnet50_fpn, "fcos"), (retinanet_resnet50_fpn_v2, "retinanet")):
@@ -138,7 +147,7 @@ def test_any_torchvision_object_of_these_families_is_pretrained_in_place(scenes,
             module,
             scenes / "unlabelled",
             "aligndet",
-            out=tmp_path / name,
+            out=folder / name,
             proposals=boxes,
             max_steps=1,
             batch_size=2,

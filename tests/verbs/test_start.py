@@ -194,9 +194,7 @@ def test_pretraining_goes_on_with_the_detector_of_its_start(tmp_path, scenes, ti
 def test_frozen_parts_want_weights_that_fit(tmp_path, scenes, tiny):
     """A ResNet-18's file fits some keys of a ResNet-34; the rest of a frozen backbone would stay random."""
     file, _ = published(tmp_path)
-    with pytest.raises(
-        SettingsError, match=r"for 80 keys of backbone, and aligndet would .* another --backbone"
-    ):
+    with pytest.raises(SettingsError, match=r"for 80 keys of backbone, and aligndet would .* another --backbone"):
         headstart.pretrain(
             "fcos",
             scenes / "unlabelled",
