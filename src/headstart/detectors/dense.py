@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from headstart.detectors.detector import Matched, Target, as_float
-from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at_most, image_list
+from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at_most, image_list, shapes_in_float32
 from headstart.errors import DataError
 
 
@@ -113,7 +113,7 @@ class DenseDetector(TorchvisionDetector):
     def anchors(self, images: Tensor, maps: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
         """``module``'s anchors (N, 4) xyxy px on ``images``, float32, padding included; how many on each level."""
         generator = self.module.anchor_generator
-        anchors = generator(image_list(images[:1], None), [map_[:1, :1].float() for map_ in maps])[0]
+        anchors = generator(image_list(images[:1], None), shapes_in_float32(maps))[0]
         a_cell = generator.num_anchors_per_location()
         return anchors, [map_[0, 0].numel() * n for map_, n in zip(maps, a_cell, strict=True)]
 

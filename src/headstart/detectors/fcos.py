@@ -18,9 +18,8 @@ from torchvision.ops import generalized_box_iou_loss
 
 from headstart.detectors.builders.dense import fcos
 from headstart.detectors.dense import DenseDetector, DenseSettings
-from headstart.detectors.detector import DetectorSettings, Target
+from headstart.detectors.detector import Target
 from headstart.detectors.plain_code import Call
-from headstart.errors import SettingsError
 
 
 class FCOSSettings(DenseSettings):
@@ -42,17 +41,6 @@ class FCOS(DenseDetector):
     settings_type = FCOSSettings
     projector_kernel = 3
     module: TorchvisionFCOS
-
-    @classmethod
-    def build(cls, settings: DetectorSettings) -> FCOS:
-        """
-        Raises:
-            SettingsError: the backbone is not known.
-        """
-        if not isinstance(settings, FCOSSettings):
-            raise SettingsError(f"{settings.name}: expected FCOSSettings")
-        call = settings.call()
-        return cls(call(), settings, call)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
+from typing_extensions import Self
 
 from headstart.detectors import backbones
 from headstart.detectors.builders.backbones import Pyramid
 from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
 from headstart.detectors.plain_code import Call, plain_code
+from headstart.errors import SettingsError
 
 
 class PyramidSettings(DetectorSettings):
@@ -43,14 +46,17 @@ class PyramidSettings(DetectorSettings):
         names = ("backbone", "composite", "fpn_channels", "short_side_px", "long_side_px", "image_mean", "image_std")
         return {name: getattr(self, name) for name in names} | {"fpn_norm": "bn" if self.has_fpn_norm else "none"}
 
-    def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5), extra_blocks: Call | None = None) -> Call:
+    @abstractmethod
+    def call(self) -> Call:
+        """
+        Raises:
+            SettingsError: the backbone is not known, or does not go with the rest.
+        """
+
+    def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5)) -> Call:
         """The backbone's maps C2 .. C5, those in ``stages``, and the pyramid on them."""
         body = backbones.body(self.backbone, stages, self.composite)
-        arguments: dict[str, Any] = {"body": body, "channels": self.fpn_channels}
-        arguments["norm"] = self.has_fpn_norm
-        if extra_blocks is not None:
-            arguments["extra_blocks"] = extra_blocks
-        return Call(Pyramid, arguments)
+        return Call(Pyramid, {"body": body, "channels": self.fpn_channels, "norm": self.has_fpn_norm})
 
     def transform_arguments(self) -> dict[str, Any]:
         return {
@@ -68,9 +74,22 @@ class TorchvisionDetector(Detector):
         call: how Headstart built ``module``; None for a user's own object.
     """
 
+    settings_type: ClassVar[type[PyramidSettings]]
+
     def __init__(self, module: nn.Module, settings: DetectorSettings | None, call: Call | None = None) -> None:
         super().__init__(module, settings)
         self.call = call
+
+    @classmethod
+    def build(cls, settings: DetectorSettings) -> Self:
+        """
+        Raises:
+            SettingsError: the settings are another family's, or the backbone is not known.
+        """
+        if not isinstance(settings, cls.settings_type):
+            raise SettingsError(f"{settings.name}: expected {cls.settings_type.__name__}")
+        call = settings.call()
+        return cls(call(), settings, call)
 
     @property
     def has_fpn(self) -> bool:

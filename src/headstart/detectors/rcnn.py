@@ -9,7 +9,6 @@ layers): same parameter names, same shapes.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -29,7 +28,7 @@ from typing_extensions import Self
 from headstart import distributed
 from headstart.detectors import backbones
 from headstart.detectors.builders.rcnn import rcnn, rcnn_c4
-from headstart.detectors.detector import DetectorSettings, Features, Matched, Target
+from headstart.detectors.detector import Features, Matched, Target
 from headstart.detectors.plain_code import Call
 from headstart.detectors.pyramid import (
     PyramidSettings,
@@ -90,13 +89,6 @@ class RegionSettings(PyramidSettings):
         """Those of builders on a pyramid."""
         return {"backbone": self.backbone_call(), "head": self.head, "head_width": self.head_width}
 
-    @abstractmethod
-    def call(self) -> Call:
-        """
-        Raises:
-            SettingsError: the backbone is not known, or does not go with the rest.
-        """
-
 
 class RCNNSettings(RegionSettings):
     name: Literal["faster_rcnn", "mask_rcnn"] = Field("faster_rcnn", description="detector family")
@@ -130,17 +122,6 @@ class RCNN(TorchvisionDetector):
     abilities = frozenset({"pool", "propose", "match"})
     settings_type: ClassVar[type[RegionSettings]] = RCNNSettings
     module: FasterRCNN
-
-    @classmethod
-    def build(cls, settings: DetectorSettings) -> RCNN:
-        """
-        Raises:
-            SettingsError: the backbone is not known.
-        """
-        if not isinstance(settings, cls.settings_type):
-            raise SettingsError(f"{settings.name}: expected {cls.settings_type.__name__}")
-        call = settings.call()
-        return cls(call(), settings, call)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -357,9 +338,7 @@ class RCNN(TorchvisionDetector):
         self, images: Tensor, sizes: Tensor, targets: Sequence[Target], losses: bool
     ) -> tuple[Features, list[Tensor], dict[str, Tensor]]:
         """The maps, the RPN's own boxes of each image, and the RPN's losses."""
-        rpn, listed = self.module.rpn, image_list(self.normalise(images, sizes), sizes)
-        maps = self.module.backbone(listed.tensors)
-        maps = {"0": maps} if isinstance(maps, Tensor) else maps
+        rpn, listed, maps = self.module.rpn, image_list(images, sizes), self.maps(images, sizes)
         objectness, deltas = rpn.head(list(maps.values()))
         anchors = rpn.anchor_generator(listed, shapes_in_float32(list(maps.values())))
         counts = [map_[0].numel() for map_ in objectness]

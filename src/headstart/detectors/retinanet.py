@@ -18,9 +18,8 @@ from torchvision.ops import box_iou
 
 from headstart.detectors.builders.dense import retinanet
 from headstart.detectors.dense import DenseDetector, DenseSettings
-from headstart.detectors.detector import DetectorSettings, Target
+from headstart.detectors.detector import Target
 from headstart.detectors.plain_code import Call
-from headstart.errors import SettingsError
 
 
 class RetinaNetSettings(DenseSettings):
@@ -47,17 +46,6 @@ class RetinaNet(DenseDetector):
     settings_type = RetinaNetSettings
     projector_kernel = 1
     module: TorchvisionRetinaNet
-
-    @classmethod
-    def build(cls, settings: DetectorSettings) -> RetinaNet:
-        """
-        Raises:
-            SettingsError: the backbone is not known.
-        """
-        if not isinstance(settings, RetinaNetSettings):
-            raise SettingsError(f"{settings.name}: expected RetinaNetSettings")
-        call = settings.call()
-        return cls(call(), settings, call)
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:

@@ -268,8 +268,8 @@ def pretrain(
         raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
     method = method or named or "soco"
     base = {} if given is not None or start is None else detector_of(start)
-    named = section.get("detector", {}).get("name") or base.get("name") or "faster_rcnn"
-    name = detector if isinstance(detector, str) else named
+    family = section.get("detector", {}).get("name") or base.get("name") or "faster_rcnn"
+    name = detector if isinstance(detector, str) else family
     kind = config_type(method, name)
     explicit = {
         "detector.name": name if given is None else None,

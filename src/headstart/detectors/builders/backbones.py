@@ -14,7 +14,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
 
 def resnet_body(name: str, stages: Sequence[int]) -> nn.Module:
@@ -117,12 +117,8 @@ def link(width: int, wanted: int) -> nn.Module:
 class Pyramid(BackboneWithFPN):
     """``body`` (image -> maps, finest first, with their widths in ``body.channels``) and a feature pyramid."""
 
-    def __init__(
-        self, body: nn.Module, channels: int, norm: bool = False, extra_blocks: ExtraFPNBlock | None = None
-    ) -> None:
+    def __init__(self, body: nn.Module, channels: int, norm: bool = False) -> None:
         nn.Module.__init__(self)
         self.body = body
-        self.fpn = FeaturePyramidNetwork(
-            body.channels, channels, extra_blocks or LastLevelMaxPool(), nn.BatchNorm2d if norm else None
-        )
+        self.fpn = FeaturePyramidNetwork(body.channels, channels, LastLevelMaxPool(), nn.BatchNorm2d if norm else None)
         self.out_channels = channels
