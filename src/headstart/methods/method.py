@@ -88,6 +88,19 @@ def _collate(views: Sequence[View], multiple_px: int) -> ViewBatch:
     return ViewBatch(pixels.permute(0, 3, 1, 2), *others)
 
 
+@dataclass
+class Priors:
+    """Boxes that a detector itself finds in one image: proposals until the next refresh.
+
+    Attributes:
+        boxes: (k, 4) float32, xyxy px of the image that was given; k may be 0.
+        scores: (k,) float32, in [0, 1].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+
 class Net(nn.Module):
     """A detector and the heads a method puts on it: the student, or the teacher."""
 
@@ -107,6 +120,7 @@ class Method(ABC, Generic[M]):
     settings_type: ClassVar[type[Settings]]
     paper: ClassVar[str]
     epochs: ClassVar[int] = 100  # the paper's, where nobody says how long
+    detector: ClassVar[str] = "faster_rcnn"  # the family, where nobody says which
     needs: ClassVar[Mapping[Ability, str]]  # what a detector has to be able to, and what for
 
     def __init__(self, settings: M) -> None:
@@ -208,6 +222,28 @@ class Method(ABC, Generic[M]):
     @abstractmethod
     def loss(self, student: Net, views: Sequence[ViewBatch], targets: Any) -> dict[str, Tensor]:
         """Named terms whose sum is minimised."""
+
+    @property
+    def refresh_epochs(self) -> float | None:
+        """Passes over the images between two calls of :meth:`refresh`, the first of them before the first step;
+        None: it is never called, and boxes come from a proposal engine."""
+        return None
+
+    def refresh(self, student: Net, images: Tensor, sizes: Tensor, before: list[Priors] | None) -> list[Priors]:
+        """New boxes of plain images, which :meth:`views` is given until the next refresh.
+
+        Called with ``student`` in evaluation mode and without gradient; draws nothing from torch's random state that
+        training would notice.
+
+        Args:
+            images: (B, 3, H, W) uint8, sized as the detector's own input, padded at the right and the bottom.
+            sizes: (B, 2) int64, height and width of each image without its padding, px.
+            before: the boxes in force until now, in px of ``images``, one an image; None: the first time.
+
+        Returns:
+            One an image, in px of ``images``.
+        """
+        raise NotImplementedError
 
     def watch(self, views: Sequence[ViewBatch], targets: Any) -> dict[str, Any]:
         """Health of the run, logged every now and then: floats, or lists of floats."""
