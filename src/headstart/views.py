@@ -100,6 +100,44 @@ def random_crop_box(
     return x0, y0, x0 + w, y0 + h
 
 
+def resize_short(view: View, short_px: int, long_px: int | None = None) -> View:
+    """The whole view, its aspect ratio kept: short side ``short_px``, less where the long one would pass ``long_px``.
+
+    As DETR's and torchvision's detectors size their images.
+    """
+    height, width = view.size
+    scale = short_px / min(height, width)
+    if long_px is not None:
+        scale = min(scale, long_px / max(height, width))
+    return resize(view, (max(1, round(height * scale)), max(1, round(width * scale))))
+
+
+def random_size_crop(view: View, low_px: int, high_px: int, rng: np.random.Generator) -> View:
+    """DETR's RandomSizeCrop: any place, width and height uniform in ``low_px`` .. ``high_px`` or up to the image's own.
+
+    Boxes stay, clipped to the crop; those outside have no area left.
+    """
+    height, width = view.size
+    w = int(rng.integers(min(low_px, width), min(high_px, width) + 1))
+    h = int(rng.integers(min(low_px, height), min(high_px, height) + 1))
+    x0, y0 = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    return crop_and_resize(view, (x0, y0, x0 + w, y0 + h), (h, w))
+
+
+def jitter_scale(view: View, scales: tuple[float, float], canvas_px: int, rng: np.random.Generator) -> View:
+    """Large-scale jitter (Ghiasi et al., 2021): sized to fit a canvas times a random scale, and cut where it is larger.
+
+    Smaller than the canvas it stays as it is: batches of views pad, and know where an image ends.
+    """
+    height, width = view.size
+    factor = canvas_px * _uniform(rng, *scales) / max(height, width)
+    view = resize(view, (max(1, round(height * factor)), max(1, round(width * factor))))
+    height, width = view.size
+    y0, x0 = int(rng.integers(max(0, height - canvas_px) + 1)), int(rng.integers(max(0, width - canvas_px) + 1))
+    y1, x1 = min(height, y0 + canvas_px), min(width, x0 + canvas_px)
+    return crop_and_resize(view, (x0, y0, x1, y1), (y1 - y0, x1 - x0))
+
+
 def crop_and_resize(view: View, crop: tuple[int, int, int, int], size: tuple[int, int]) -> View:
     """Cut out ``crop`` (x0, y0, x1, y1; whole pixels) and resize it to ``size`` (height, width).
 

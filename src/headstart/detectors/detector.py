@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from headstart.detectors.set_loss import SetLoss
 from headstart.settings import Settings
 
 Target = dict[str, Tensor]  # torchvision's: boxes (n, 4) xyxy pixels, labels (n,) in 1..C, masks (n, H, W)
@@ -32,12 +33,13 @@ class DetectorSettings(Settings):
         return {"backbone": self.backbone}
 
 
-Ability = Literal["pool", "propose", "match"]
+Ability = Literal["pool", "propose", "match", "query"]
 """What a detector can do for a method beyond features and the supervised loss:
 
 * pool: :meth:`Detector.embed`, embeddings of given boxes.
 * propose: :meth:`Detector.rpn_loss` and :meth:`Detector.rpn_boxes`.
 * match: :meth:`Detector.match`, predictions that answer for given boxes.
+* query: :meth:`Detector.queries`, a fixed number of queries that each answer with a box, and the set loss on them.
 """
 
 
@@ -56,6 +58,26 @@ class Matched:
     image: Tensor
     box: Tensor
     losses: dict[str, Tensor]
+
+
+@dataclass
+class Queries:
+    """What the N queries of a detector answer for B images, after each of its L decoder layers.
+
+    Attributes:
+        hidden: (L, B, N, D), what a class layer would see.
+        boxes_cxcywh: (L, B, N, 4) in shares of each image without its padding.
+        memory: the encoder's output, finest map first, (B, D, h, w) each.
+        valid: (B, h, w) bool a map: the cell lies on the image and not on its padding.
+        first: of two-stage detectors, what the encoder itself proposes at each of its S cells: logits (B, S, 1) of
+            there being an object, and boxes (B, S, 4) as above.
+    """
+
+    hidden: Tensor
+    boxes_cxcywh: Tensor
+    memory: list[Tensor]
+    valid: list[Tensor]
+    first: tuple[Tensor, Tensor] | None = None
 
 
 class Detector(nn.Module, ABC):
@@ -185,6 +207,41 @@ class Detector(nn.Module, ABC):
             most: predictions kept over the whole batch, drawn at random where there are more.
             losses: off: ``Matched.losses`` stays empty.
         """
+        raise NotImplementedError
+
+    @property
+    def query_count(self) -> int:
+        """Ability ``query``: N."""
+        raise NotImplementedError
+
+    @property
+    def query_width(self) -> int:
+        """Ability ``query``: D."""
+        raise NotImplementedError
+
+    def queries(
+        self, images: Tensor, sizes: Tensor | None = None, extra: Tensor | None = None, attend: Tensor | None = None
+    ) -> Queries:
+        """Ability ``query``: backbone, encoder and decoder.
+
+        Args:
+            images: (B, 3, H, W) uint8 or float in [0, 1], padded at the right and the bottom.
+            sizes: (B, 2) int64, height and width of each image without its padding, px; None: there is none.
+            extra: (B, N, D) added to what each query asks for (UP-DETR's patches).
+            attend: (N, N) bool, which query may look at which in the decoder's self-attention; None: all.
+        """
+        raise NotImplementedError
+
+    def class_layer(self, num_classes: int) -> nn.Module:
+        """Ability ``query``: a layer (..., D) -> logits as the detector's own class layer, freshly initialised.
+
+        Its outputs are what :attr:`set_loss` expects of ``num_classes`` classes.
+        """
+        raise NotImplementedError
+
+    @property
+    def set_loss(self) -> SetLoss:
+        """Ability ``query``: the detector's own loss of a set of predictions, matched to objects one to one."""
         raise NotImplementedError
 
     def stages(self) -> list[list[nn.Module]]:

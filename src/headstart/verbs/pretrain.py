@@ -283,7 +283,7 @@ def pretrain(
     # What the start was built as, then the recipe, then what was asked for.
     values = merge({"proposals": dict(methods.method_type(method).proposals)}, {})
     values = merge(values, {f"detector.{k}": v for k, v in for_family(name, base).items()})
-    values = merge(values, flatten(section))
+    values = merge(values, flatten(section, model=kind))
     values = merge(values, {k: v for k, v in explicit.items() if v is not None})
     assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
     config: Any = validate(kind, merge(values, assignments), f"pretrain {method}")
