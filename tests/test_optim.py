@@ -12,7 +12,7 @@ from torch import nn
 
 from headstart.ema import EMA, cosine_momentum
 from headstart.errors import SettingsError
-from headstart.optim import OptimSettings, build_optimizer, learning_rate, settle_optim
+from headstart.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate, settle_optim
 
 
 def test_lars_is_the_update_of_its_paper():
@@ -45,6 +45,68 @@ def test_vectors_have_no_decay_and_frozen_parameters_no_place(name):
     groups = build_optimizer([net], OptimSettings(optimizer=name, lr=0.1, weight_decay=0.01)).param_groups
     by_decay = {group["weight_decay"]: [p.ndim for p in group["params"]] for group in groups}
     assert by_decay == {0.01: [2], 0.0: [1, 1, 1]}
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict({"body": nn.Linear(3, 3)})
+        self.sampling_offsets = nn.Linear(3, 2)
+        self.backbone_like = nn.Linear(3, 2)
+        self.backbone["sampling_offsets"] = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_some_parameters_move_at_a_share_of_the_rate(name):
+    """Each parameter moves as under an optimiser of its own at lr x factor; factors multiply; names match whole."""
+    torch.manual_seed(0)
+    net = Named()
+    before = {k: p.detach().clone() for k, p in net.named_parameters()}
+    factors = {"backbone": 0.1, "sampling_offsets": 0.5}
+    settings = OptimSettings(optimizer=name, lr=0.3, weight_decay=0.1, lr_scale=factors)
+    gradients = {k: torch.randn_like(p) for k, p in before.items()}
+    optimizer = build_optimizer([net], settings)
+    set_learning_rate(optimizer, 0.2)
+    for k, p in net.named_parameters():
+        p.grad = gradients[k].clone()
+    optimizer.step()
+    for k, p in net.named_parameters():
+        factor = math.prod(factors[part] for part in k.split(".") if part in factors)
+        alone = nn.Module()
+        alone.only = nn.Parameter(before[k].clone())
+        reference = build_optimizer([alone], settings.model_copy(update={"lr_scale": None}))
+        set_learning_rate(reference, 0.2 * factor)
+        alone.only.grad = gradients[k].clone()
+        reference.step()
+        torch.testing.assert_close(p.detach(), alone.only.detach(), msg=k)
+        assert factor == {"backbone": 0.1, "sampling_offsets": 0.5}.get(k.split(".")[0], 1.0) * (
+            0.5 if k.startswith("backbone.sampling") else 1.0
+        )
+
+
+def test_a_factor_that_nothing_answers_to_is_refused_with_near_names():
+    with pytest.raises(SettingsError, match=r"optim\.lr_scale: no parameter has 'back_bone'.*near are backbone"):
+        build_optimizer([Named()], OptimSettings(optimizer="sgd", lr=1, weight_decay=0, lr_scale={"back_bone": 0.1}))
+
+
+def test_a_frozen_part_may_have_a_factor():
+    net = Named()
+    net.backbone.requires_grad_(False)
+    groups = build_optimizer([net], OptimSettings(optimizer="sgd", lr=1, weight_decay=0, lr_scale={"backbone": 0.1}))
+    assert {group["lr_scale"] for group in groups.param_groups} == {1.0}
+
+
+def test_what_is_advised_is_unset_or_off():
+    """Clipping and factors: as advised where nobody says anything, and off where somebody says so."""
+    paper = OptimSettings(optimizer="adamw", base_lr=1e-4, base_batch=16, weight_decay=0, clip=0.1, lr_scale={"a": 0.1})
+    chosen = OptimSettings()
+    said = settle_optim(chosen, paper, 16, 100, 10)
+    assert (chosen.clip, chosen.lr_scale, chosen.lr) == (0.1, {"a": 0.1}, 1e-4)
+    assert any("optim.clip" in line for line in said)
+    assert any("lr x 0.1 in a (--set optim.lr_scale)" in line for line in said)
+    off = OptimSettings(clip=0, lr_scale={})
+    settle_optim(off, paper, 16, 100, 10)
+    assert (off.clip, off.lr_scale) == (0, {})
 
 
 @pytest.mark.parametrize(("name", "plain"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headstart import recipes
 from headstart.errors import SettingsError
 from headstart.settings import flatten, merge, parse_assignments, read_yaml, validate
 from headstart.verbs.finetune import config_type as finetune_settings
@@ -60,6 +61,23 @@ def test_merge_and_flatten_are_inverse_and_leave_their_input():
     assert merged == {"a": {"b": 1, "d": 3}, "c": 4}
     assert base == {"a": {"b": 1}, "c": 2}
     assert merge({}, flatten(merged)) == merged
+
+
+def test_a_setting_may_be_a_mapping(tmp_path):
+    """It is one value: given whole, replaced whole, and empty is something else than unset."""
+    for text, expected in (("{backbone: 0.1, sampling_offsets: 1e-1}", {"backbone": 0.1, "sampling_offsets": 0.1}),):
+        parsed = parse_assignments(SOCO, [f"lr_scale={text}"])
+        assert validate(SOCO, merge({}, parsed)).optim.lr_scale == expected
+    (tmp_path / "r.yaml").write_text("pretrain: {optim: {lr_scale: {backbone: 0.1}, lr: 0.1}, method: {}}")
+    (tmp_path / "off.yaml").write_text("pretrain: {optim: {lr_scale: {}}}")
+    section = flatten(recipes.read(tmp_path / "r.yaml", "pretrain"), model=SOCO)
+    assert section == {"optim.lr_scale": {"backbone": 0.1}, "optim.lr": 0.1}
+    asked = parse_assignments(SOCO, ["optim.lr_scale={neck: 0.5}"])
+    assert validate(SOCO, merge(merge({}, section), asked)).optim.lr_scale == {"neck": 0.5}
+    off = flatten(recipes.read(tmp_path / "off.yaml", "pretrain"), model=SOCO)
+    assert validate(SOCO, merge(merge({}, section), off)).optim.lr_scale == {}
+    with pytest.raises(SettingsError, match=r"optim\.lr_scale\.backbone: .*greater than or equal to 0"):
+        validate(SOCO, {"optim": {"lr_scale": {"backbone": -1}}})
 
 
 def test_yaml_files_that_are_none(tmp_path):

@@ -31,7 +31,7 @@ from headstart import checkpoint, distributed, views
 from headstart.console import notes, progress
 from headstart.errors import ImageError, RunError, SettingsError, TrainingError
 from headstart.files import replacing
-from headstart.optim import OptimSettings, build_optimizer, learning_rate
+from headstart.optim import OptimSettings, build_optimizer, learning_rate, set_learning_rate
 from headstart.runs import Run, usable_cores
 from headstart.settings import Settings
 
@@ -382,8 +382,7 @@ def fit(
 
         while step < total:
             rate = learning_rate(step, total, optim)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
             for part in range(parts):
                 batch, found_bad = next(batches)
@@ -401,7 +400,7 @@ def fit(
                     sums[name] = sums.get(name, 0) + value.detach().float() / parts
             if every_step_checked:
                 _check_finite(sums["loss"], terms, step, run.path, rate)
-            if optim.clip is not None:
+            if optim.clip:
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), optim.clip)
             scaler.step(optimizer)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -43,7 +44,14 @@ class OptimSettings(Settings):
         "2/3 and 8/9",
     )
     drop_factor: float = Field(0.1, gt=0, lt=1, description="schedule=steps: factor of each drop")
-    clip: float | None = Field(None, gt=0, description="largest norm of the gradient; unset: no clipping")
+    clip: float | None = Field(
+        None, ge=0, description="largest norm of the gradient; 0: no clipping; unset: as the paper, else none"
+    )
+    lr_scale: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
+        None,
+        description="factor on lr of parameters with this component in their dotted name, for example {backbone: 0.1}; "
+        "{}: none; unset: as the paper, else none",
+    )
 
 
 def settle_optim(
@@ -67,6 +75,12 @@ def settle_optim(
         optim.schedule = advised.schedule or "cosine"
     if optim.drops is None:
         optim.drops = advised.drops or list(DROPS)
+    if optim.clip is None and advised.clip is not None:
+        optim.clip = advised.clip
+        said.append(f"gradients of a norm of at most {optim.clip:g} (--set optim.clip)")
+    if optim.lr_scale is None:
+        optim.lr_scale = dict(advised.lr_scale or {})
+        said += [f"lr x {factor:g} in {name} (--set optim.lr_scale)" for name, factor in optim.lr_scale.items()]
     if optim.lr is None:
         base, batch = optim.base_lr, optim.base_batch
         if base is None:
@@ -98,14 +112,21 @@ def build_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> to
     """
     assert settings.lr is not None
     assert settings.weight_decay is not None
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    parameters = list(dict.fromkeys(parameters))  # C4 detectors share a block between two heads
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": settings.weight_decay if settings.decay_1d else 0.0},
-    ]
+    named = [pair for module in modules for pair in module.named_parameters()]
+    scales = _scales((name for name, _ in named), settings.lr_scale or {})
+    trained: dict[nn.Parameter, float] = {}
+    for name, parameter in named:
+        if parameter.requires_grad:
+            trained.setdefault(parameter, scales[name])  # C4 detectors share a block between two heads
+    groups = []
+    for scale in sorted(set(trained.values()), reverse=True):
+        alike = [p for p, factor in trained.items() if factor == scale]
+        matrices, vectors = ([p for p in alike if (p.ndim > 1) == several] for several in (True, False))
+        shared = {"lr": settings.lr * scale, "lr_scale": scale}
+        groups += [
+            {"params": matrices, "weight_decay": settings.weight_decay, **shared},
+            {"params": vectors, "weight_decay": settings.weight_decay if settings.decay_1d else 0.0, **shared},
+        ]
     groups = [group for group in groups if group["params"]]
     if settings.optimizer == "lars":
         return Lars(groups, lr=settings.lr, momentum=settings.momentum, trust_coeff=settings.trust)
@@ -115,6 +136,28 @@ def build_optimizer(modules: Iterable[nn.Module], settings: OptimSettings) -> to
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=True)
     raise ValueError(f"optimizer {settings.optimizer!r} was not resolved")
+
+
+def _scales(names: Iterable[str], factors: Mapping[str, float]) -> dict[str, float]:
+    """Name of a parameter -> the product of the ``factors`` whose key is one of its dotted components.
+
+    Raises:
+        SettingsError: a key is no component of any name.
+    """
+    components = {name: set(name.split(".")) for name in names}
+    known = set().union(*components.values())
+    for key in factors:
+        if key not in known:
+            words = sorted(word for word in known if not word.isdigit())
+            near = difflib.get_close_matches(key, words, n=3) or words
+            raise SettingsError(f"optim.lr_scale: no parameter has {key!r} in its name; near are {', '.join(near)}")
+    return {name: math.prod(factors[key] for key in factors if key in parts) for name, parts in components.items()}
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """``rate``, times the factor of each group (``optim.lr_scale``)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)  # older checkpoints have none
 
 
 def learning_rate(step: int, total_steps: int, settings: OptimSettings) -> float:

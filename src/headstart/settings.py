@@ -97,14 +97,19 @@ def merge(base: Mapping[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of :func:`merge` on an empty base: nested mappings to dotted keys."""
+def flatten(nested: Mapping[str, Any], prefix: str = "", model: type[BaseModel] | None = None) -> dict[str, Any]:
+    """The inverse of :func:`merge` on an empty base: nested mappings to dotted keys.
+
+    A mapping that is itself the value of one of ``model``'s settings stays whole.
+    """
+    whole = {name for name, _ in leaves(model)} if model is not None else set()
     flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+    for name, value in nested.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and key not in whole:
+            flat |= flatten(value, f"{key}.", model)
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[key] = value
     return flat
 
 

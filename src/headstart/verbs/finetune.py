@@ -263,7 +263,7 @@ def finetune(
     }
     # What the start was built as, then the recipe, then what was asked for.
     values = merge({"optim": {"schedule": "steps"}}, {f"detector.{k}": v for k, v in base.items()})
-    values = merge(values, flatten(section))
+    values = merge(values, flatten(section, model=kind))
     values = merge(values, {k: v for k, v in explicit.items() if v is not None})
     assignments = settings if isinstance(settings, Mapping) else parse_assignments(kind, settings)
     config: Any = validate(kind, merge(values, assignments), "finetune")
