@@ -146,9 +146,10 @@ def _presets_table() -> Table:
 
 class _Pretrain(_WithSettings):
     def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
+        from headstart.methods import method_type
         from headstart.verbs.pretrain import config_type
 
-        detector = _detector_given(arguments, "pretrain")
+        detector = _detector_given(arguments, "pretrain", method_type(str(self.name)).detector)
         return config_type(str(self.name), detector), f"{self.name} with {detector} (--detector)"
 
 
@@ -156,15 +157,15 @@ class _Finetune(_WithSettings):
     def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
         from headstart.verbs.finetune import config_type
 
-        detector = _detector_given(arguments, "finetune")
+        detector = _detector_given(arguments, "finetune", "faster_rcnn")
         return config_type(detector), f"{self.name} with {detector} (--detector)"
 
 
-def _detector_given(arguments: Sequence[str], verb: str) -> str:
+def _detector_given(arguments: Sequence[str], verb: str, otherwise: str) -> str:
     from headstart.recipes import read
 
     recipes_own = read(_given(arguments, "--recipe"), verb).get("detector", {}).get("name")
-    return _given(arguments, "--detector") or recipes_own or "faster_rcnn"
+    return _given(arguments, "--detector") or recipes_own or otherwise
 
 
 @app.callback(invoke_without_command=True)
@@ -277,7 +278,9 @@ def _pretrain_with(method: str) -> Any:
         detector: Annotated[
             str | None,
             typer.Option(
-                "--detector", help=f"{', '.join(FAMILIES)}.  \\[default: the recipe's, or faster_rcnn]", metavar="NAME"
+                "--detector",
+                help=f"{', '.join(FAMILIES)}.  \\[default: the recipe's, or the method's own, named below]",
+                metavar="NAME",
             ),
         ] = None,
         backbone: Backbone = None,

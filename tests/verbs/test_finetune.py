@@ -10,7 +10,8 @@ import headstart
 from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
 from headstart.errors import SettingsError
-from headstart.verbs.finetune import TuneSettings, _Supervised, jitter_scale
+from headstart.optim import OptimSettings
+from headstart.verbs.finetune import TuneSettings, _Supervised, config_type, jitter_scale, settle
 
 
 def supervised(tiny, **tune) -> _Supervised:
@@ -19,6 +20,36 @@ def supervised(tiny, **tune) -> _Supervised:
 
 def learning(model) -> set[str]:
     return {name for name, p in model.detector.module.named_parameters() if p.requires_grad}
+
+
+class Advises(detectors.family("fcos")):
+    """A detector that is tuned with AdamW, as transformers are."""
+
+    def tuning(self) -> OptimSettings:
+        return OptimSettings(
+            optimizer="adamw", base_lr=2e-4, base_batch=32, weight_decay=1e-3, clip=0.1, lr_scale={"backbone": 0.1}
+        )
+
+
+def test_the_detector_advises_how_it_is_tuned():
+    def chosen(kind, **optim):
+        config = config_type("fcos")(optim={"schedule": "steps", **optim}, train={"batch_size": 16, "max_steps": 10})
+        settle(
+            config,
+            kind.build(detectors.settings_type("fcos")(name="fcos", backbone="resnet18")),
+            100,
+            torch.device("cpu"),
+        )
+        o = config.optim
+        return o.optimizer, o.lr, o.weight_decay, o.clip, o.lr_scale
+
+    plain = detectors.family("fcos")
+    assert chosen(plain) == ("sgd", 0.02, 1e-4, None, {})
+    assert chosen(plain, optimizer="adamw") == ("adamw", 1e-4, 1e-4, None, {})
+    assert chosen(Advises) == ("adamw", 1e-4, 1e-3, 0.1, {"backbone": 0.1})
+    assert chosen(Advises, optimizer="adamw", clip=0, lr_scale={}) == ("adamw", 1e-4, 1e-3, 0, {})
+    with pytest.raises(SettingsError, match=r"optim\.optimizer=sgd: needs its learning rate too"):
+        chosen(Advises, optimizer="sgd")
 
 
 @pytest.mark.parametrize("stages", [1, 3])

@@ -13,8 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torchvision.models import detection
+from typer.testing import CliRunner
 
 import headstart
+from headstart import cli, methods
 from headstart.errors import DataError, RunError, SettingsError, WeightsError
 
 SOCO = {
@@ -439,6 +441,15 @@ def test_method_help_shows_the_papers_symbols():
     assert "method.tau" in text
     assert "Table 5d" in text
     assert "--proposals" in text
+    assert "Settings of soco with faster_rcnn" in text
+
+
+def test_a_methods_own_family_is_what_its_help_shows(monkeypatch):
+    monkeypatch.setattr(methods.method_type("aligndet"), "detector", "fcos")
+    text = CliRunner().invoke(cli.app, ["pretrain", "aligndet", "--help"]).output
+    assert "Settings of aligndet with fcos" in text
+    text = CliRunner().invoke(cli.app, ["pretrain", "aligndet", "--detector", "retinanet", "--help"]).output
+    assert "Settings of aligndet with retinanet" in text
 
 
 def test_errors_are_one_message_without_a_traceback(tmp_path):

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.detectors.set_loss import SetLoss
+from headstart.optim import OptimSettings
 from headstart.settings import Settings
 
 Target = dict[str, Tensor]  # torchvision's: boxes (n, 4) xyxy pixels, labels (n,) in 1..C, masks (n, H, W)
@@ -139,6 +140,11 @@ class Detector(nn.Module, ABC):
     def input_px(self) -> tuple[int, int]:
         """Largest short side, and longest side, that images are resized to before the backbone sees them, px."""
 
+    def tuning(self) -> OptimSettings:
+        """The optimiser that suits fine-tuning, and pretraining of nearly all of the detector on its own loss."""
+        # SGD at .02 for 16 images, as in the papers' fine-tuning (SoCo section 4.2) and the field's libraries.
+        return OptimSettings(optimizer="sgd", base_lr=0.02, base_batch=16, weight_decay=1e-4)
+
     # ---- abilities ------------------------------------------------------------------------------------------------
 
     def embed(
@@ -246,6 +252,20 @@ class Detector(nn.Module, ABC):
 
     def stages(self) -> list[list[nn.Module]]:
         """The backbone's layers in the order data flows through them: stem first, then one list a stage."""
+        raise NotImplementedError
+
+    def stage_map(self, images: Tensor, stage: int | None = None) -> Tensor:
+        """(B, C, h, w) of ``images`` as :meth:`features` takes them: the backbone's last map of stride ``2 ** stage``.
+
+        None: its last map. Whether the detector itself works on that map does not matter.
+
+        Raises:
+            SettingsError: the backbone has no such map.
+        """
+        raise NotImplementedError
+
+    def stage_width(self, stage: int | None = None) -> int:
+        """C of :meth:`stage_map`."""
         raise NotImplementedError
 
     # ---- weights --------------------------------------------------------------------------------------------------

@@ -278,11 +278,11 @@ def finetune(
     chosen = data.subset(ids)
     config.detector.num_classes = len(data.categories)
     compute = pick_device(config.train.device)
-    said = settle(config, len(chosen.images), compute)
     out = Path(out) if out is not None else default_folder(start, labels, config.train.seed)
     with distributed.processes(compute):
         torch.manual_seed(config.train.seed)
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
+        said = settle(config, wrapped, len(chosen.images), compute)
         masks = "mask_head" in wrapped.parts
         if masks and not chosen.has_masks:
             raise DataError(
@@ -350,7 +350,7 @@ def finetune(
     return Finetuned(out, wrapped, summary, report, evaluation)
 
 
-def settle(config: Any, n_images: int, device: torch.device) -> list[str]:
+def settle(config: Any, detector: Detector, n_images: int, device: torch.device) -> list[str]:
     """Fill in what the user left open; returns what was chosen and why."""
     train, said = config.train, []
     if train.batch_size is None:
@@ -364,9 +364,9 @@ def settle(config: Any, n_images: int, device: torch.device) -> list[str]:
             said.append(
                 f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} labelled images (--epochs, --max-steps)"
             )
-    # SGD at .02 for 16 images, as in the papers' fine-tuning (SoCo section 4.2) and the field's libraries.
-    advised = OptimSettings(optimizer="sgd", base_lr=0.02, base_batch=16, weight_decay=1e-4)
-    if config.optim.optimizer == "adamw" and config.optim.lr is None and config.optim.base_lr is None:
+    advised = detector.tuning()
+    other = config.optim.optimizer == "adamw" != advised.optimizer
+    if other and config.optim.lr is None and config.optim.base_lr is None:
         config.optim.lr = 1e-4
     said += settle_optim(config.optim, advised, train.batch_size, train.max_steps, per_epoch)
     config.optim.warmup_steps = min(config.optim.warmup_steps, 1000)
