@@ -16,7 +16,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.image_list import ImageList
 from typing_extensions import Self
 
-from headstart.detectors import backbones
+from headstart.detectors import backbones, stage_maps
 from headstart.detectors.builders.backbones import Pyramid
 from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
 from headstart.detectors.plain_code import Call, plain_code
@@ -79,6 +79,7 @@ class TorchvisionDetector(Detector):
     def __init__(self, module: nn.Module, settings: DetectorSettings | None, call: Call | None = None) -> None:
         super().__init__(module, settings)
         self.call = call
+        self._stage_maps: dict[int | None, stage_maps.StageMap] = {}
 
     @classmethod
     def build(cls, settings: DetectorSettings) -> Self:
@@ -145,6 +146,17 @@ class TorchvisionDetector(Detector):
 
     def stages(self) -> list[list[nn.Module]]:
         return backbones.stages(self.body)
+
+    def stage_map(self, images: Tensor, stage: int | None = None) -> Tensor:
+        return stage_maps.run(self.body, self.normalise(images), self._found(stage))
+
+    def stage_width(self, stage: int | None = None) -> int:
+        return self._found(stage).width
+
+    def _found(self, stage: int | None) -> stage_maps.StageMap:
+        if stage not in self._stage_maps:
+            self._stage_maps[stage] = stage_maps.find(self.body, stage)
+        return self._stage_maps[stage]
 
     def from_backbone(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         (prefix,) = self.prefixes["backbone"]
