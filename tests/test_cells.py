@@ -23,12 +23,16 @@ README = Path(__file__).parents[1] / "README.md"
 PYRAMID = {"backbone": "resnet18", "fpn_channels": 8, "short_side_px": 64, "long_side_px": 96}
 REGIONS = {"head_width": 16, "rois_train": 16, "proposals_train": 32, "proposals_test": 16}
 ANCHORS = {"anchor_px": [8, 16, 32, 64, 96]}
+QUERIES = {"backbone": "resnet18", "num_queries": 12, "width": 32, "heads": 4, "feedforward": 32, "dropout": 0.0}
+LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "short_side_px": 64, "long_side_px": 96}
 DETECTORS = {
     "faster_rcnn": PYRAMID | REGIONS | ANCHORS,
     "mask_rcnn": PYRAMID | REGIONS | ANCHORS,
     "cascade_rcnn": PYRAMID | REGIONS | ANCHORS,
     "retinanet": PYRAMID | ANCHORS,
     "fcos": PYRAMID | ANCHORS,
+    "detr": QUERIES | LAYERS,
+    "deformable_detr": QUERIES | LAYERS,
 }
 QUICK = {"train.workers": 0, "train.amp": "off", "train.checkpoint_every": 2}
 VIEWS = {"view_px": 64, "hidden": 16, "dim": 8}

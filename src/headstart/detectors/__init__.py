@@ -19,6 +19,8 @@ FAMILIES = {
     "cascade_rcnn": "headstart.detectors.cascade_rcnn:CascadeRCNN",
     "retinanet": "headstart.detectors.retinanet:RetinaNet",
     "fcos": "headstart.detectors.fcos:FCOS",
+    "detr": "headstart.detectors.detr:DETR",
+    "deformable_detr": "headstart.detectors.deformable_detr:DeformableDETR",
 }
 
 

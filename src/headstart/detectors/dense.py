@@ -17,8 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from headstart.detectors.detector import Matched, Target, as_float
-from headstart.detectors.pyramid import PyramidSettings, TorchvisionDetector, at_most, image_list, shapes_in_float32
-from headstart.errors import DataError
+from headstart.detectors.pyramid import (
+    PyramidSettings,
+    TorchvisionDetector,
+    at_most,
+    image_list,
+    shapes_in_float32,
+    with_area,
+)
 
 
 class DenseSettings(PyramidSettings):
@@ -97,11 +103,7 @@ class DenseDetector(TorchvisionDetector):
 
         Under autocast torchvision would round its anchors to the maps' type: in bfloat16 by up to 4 px beyond 1024.
         """
-        for number, target in enumerate(targets):
-            empty = (target["boxes"][:, 2:] <= target["boxes"][:, :2]).any(dim=1)
-            if empty.any():
-                box = target["boxes"][empty][0].tolist()
-                raise DataError(f"image {number} of the batch: box {box} has no area; expected x0 < x1 and y0 < y1, px")
+        with_area(targets)
         listed, scaled = self.module.transform([as_float(image) for image in images], list(targets))
         maps = self.module.backbone(listed.tensors)
         maps = [maps] if isinstance(maps, Tensor) else list(maps.values())

@@ -115,9 +115,19 @@ class Detector(nn.Module, ABC):
     def parts(self) -> Mapping[str, nn.Module]:
         """Part name -> submodule of ``module``; a list of them where a part is in several places."""
         found = {}
-        for name, prefixes in self.prefixes.items():
-            modules = [self.module.get_submodule(prefix.rstrip(".")) for prefix in prefixes]
+        for name in self.prefixes:
+            modules = [
+                piece if isinstance(piece, nn.Module) else nn.ParameterList([piece]) for piece in self.pieces(name)
+            ]
             found[name] = modules[0] if len(modules) == 1 else nn.ModuleList(modules)
+        return found
+
+    def pieces(self, part: str) -> list[nn.Module | nn.Parameter]:
+        """What is under each prefix of ``part``: a submodule of ``module``, or one parameter."""
+        found: list[nn.Module | nn.Parameter] = []
+        for prefix in self.prefixes[part]:
+            owner, _, name = prefix.rstrip(".").rpartition(".")
+            found.append(getattr(self.module.get_submodule(owner), name))
         return found
 
     @abstractmethod

@@ -20,16 +20,12 @@ from headstart.detectors import backbones, stage_maps
 from headstart.detectors.builders.backbones import Pyramid
 from headstart.detectors.detector import Detector, DetectorSettings, Features, Target, as_float
 from headstart.detectors.plain_code import Call, plain_code
-from headstart.errors import SettingsError
+from headstart.errors import DataError, SettingsError
 
 
-class PyramidSettings(DetectorSettings):
+class TorchvisionSettings(DetectorSettings):
     composite: int = Field(
         1, ge=1, description="identical copies of the backbone, CBNetV2: each feeds the next, the last one counts"
-    )
-    fpn_channels: int = Field(256, ge=1, description="channels of every pyramid level")
-    fpn_norm: Literal["bn", "none"] | None = Field(
-        None, description="batch norm after the FPN's convolutions; unset: as torchvision's model"
     )
     short_side_px: int | list[int] = Field(
         800, description="images are resized to this short side, px; several: drawn at random in training"
@@ -38,13 +34,9 @@ class PyramidSettings(DetectorSettings):
     image_mean: list[float] = Field([0.485, 0.456, 0.406], description="RGB mean, in [0, 1]")
     image_std: list[float] = Field([0.229, 0.224, 0.225], description="RGB standard deviation, in [0, 1]")
 
-    @property
-    def has_fpn_norm(self) -> bool:
-        return self.fpn_norm == "bn"
-
     def shared(self) -> dict[str, Any]:
-        names = ("backbone", "composite", "fpn_channels", "short_side_px", "long_side_px", "image_mean", "image_std")
-        return {name: getattr(self, name) for name in names} | {"fpn_norm": "bn" if self.has_fpn_norm else "none"}
+        names = ("backbone", "composite", "short_side_px", "long_side_px", "image_mean", "image_std")
+        return {name: getattr(self, name) for name in names}
 
     @abstractmethod
     def call(self) -> Call:
@@ -52,11 +44,6 @@ class PyramidSettings(DetectorSettings):
         Raises:
             SettingsError: the backbone is not known, or does not go with the rest.
         """
-
-    def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5)) -> Call:
-        """The backbone's maps C2 .. C5, those in ``stages``, and the pyramid on them."""
-        body = backbones.body(self.backbone, stages, self.composite)
-        return Call(Pyramid, {"body": body, "channels": self.fpn_channels, "norm": self.has_fpn_norm})
 
     def transform_arguments(self) -> dict[str, Any]:
         return {
@@ -67,6 +54,26 @@ class PyramidSettings(DetectorSettings):
         }
 
 
+class PyramidSettings(TorchvisionSettings):
+    fpn_channels: int = Field(256, ge=1, description="channels of every pyramid level")
+    fpn_norm: Literal["bn", "none"] | None = Field(
+        None, description="batch norm after the FPN's convolutions; unset: as torchvision's model"
+    )
+
+    @property
+    def has_fpn_norm(self) -> bool:
+        return self.fpn_norm == "bn"
+
+    def shared(self) -> dict[str, Any]:
+        own = {"fpn_channels": self.fpn_channels, "fpn_norm": "bn" if self.has_fpn_norm else "none"}
+        return {**super().shared(), **own}
+
+    def backbone_call(self, stages: Sequence[int] = (2, 3, 4, 5)) -> Call:
+        """The backbone's maps C2 .. C5, those in ``stages``, and the pyramid on them."""
+        body = backbones.body(self.backbone, stages, self.composite)
+        return Call(Pyramid, {"body": body, "channels": self.fpn_channels, "norm": self.has_fpn_norm})
+
+
 class TorchvisionDetector(Detector):
     """``module`` has torchvision's ``transform``, ``backbone`` and calling convention.
 
@@ -74,7 +81,7 @@ class TorchvisionDetector(Detector):
         call: how Headstart built ``module``; None for a user's own object.
     """
 
-    settings_type: ClassVar[type[PyramidSettings]]
+    settings_type: ClassVar[type[TorchvisionSettings]]
 
     def __init__(self, module: nn.Module, settings: DetectorSettings | None, call: Call | None = None) -> None:
         super().__init__(module, settings)
@@ -213,6 +220,18 @@ def float32_anchors(generator: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+def with_area(targets: Sequence[Target]) -> None:
+    """
+    Raises:
+        DataError: a box of ``targets`` has none.
+    """
+    for number, target in enumerate(targets):
+        empty = (target["boxes"][:, 2:] <= target["boxes"][:, :2]).any(dim=1)
+        if empty.any():
+            box = target["boxes"][empty][0].tolist()
+            raise DataError(f"image {number} of the batch: box {box} has no area; expected x0 < x1 and y0 < y1, px")
 
 
 def image_list(tensors: Tensor, sizes: Tensor | None) -> ImageList:

@@ -96,10 +96,11 @@ class Pretraining(nn.Module):
         self._seen: tuple[Sequence[ViewBatch], Any] | None = None
 
     @staticmethod
-    def _frozen(detector: Detector) -> list[nn.Module]:
-        """Submodules of ``detector.module``, one a prefix, of which nothing is trained."""
-        every = [detector.module.get_submodule(p.rstrip(".")) for group in detector.prefixes.values() for p in group]
-        return [part for part in every if not any(p.requires_grad for p in part.parameters())]
+    def _frozen(detector: Detector) -> list[nn.Module | nn.Parameter]:
+        """What is under each prefix of ``detector``'s parts, if nothing of it is trained."""
+        every = [piece for part in detector.prefixes for piece in detector.pieces(part)]
+        inside = [[piece] if isinstance(piece, nn.Parameter) else piece.parameters() for piece in every]
+        return [piece for piece, own in zip(every, inside, strict=True) if not any(p.requires_grad for p in own)]
 
     def train(self, mode: bool = True) -> Pretraining:
         """Batch norm of frozen parts keeps its statistics."""
