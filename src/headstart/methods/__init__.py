@@ -14,11 +14,17 @@ METHODS = {
     "soco": "headstart.methods.soco:SoCo",
     "adept": "headstart.methods.adept:ADePT",
     "aligndet": "headstart.methods.aligndet:AlignDet",
+    "detreg": "headstart.methods.detreg:DETReg",
+    "updetr": "headstart.methods.updetr:UPDETR",
+    "proseco": "headstart.methods.proseco:ProSeCo",
 }
 SUMMARIES = {  # for `headstart pretrain --help`, which must not import torch
     "soco": "Object-level BYOL on Selective Search boxes: backbone, FPN and box head (Wei et al., NeurIPS 2021)",
     "adept": "SoCo plus the RPN, jointly or on top of a SoCo run (Dong et al., 2022)",
     "aligndet": "Neck and heads of any detector, on a frozen backbone: box contrast and regression (Li et al., 2023)",
+    "detreg": "DETR and its kin find Selective Search's boxes, and say what a backbone says of them (Bar et al., 2022)",
+    "updetr": "DETR and its kin find random patches that their queries are told of (Dai et al., 2021)",
+    "proseco": "All of a detector with queries, on a frozen backbone: proposal contrast (Bouniot et al., ICLR 2023)",
 }
 
 
