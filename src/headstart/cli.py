@@ -205,7 +205,29 @@ def propose(
         typer.Option("--preset", help="Settings of a paper, listed below; --engine, --seed and --set win over them."),
     ] = None,
     engine: Annotated[
-        str | None, typer.Option("--engine", help="What finds the boxes.  \\[default: selective_search]")
+        str | None,
+        typer.Option(
+            "--engine",
+            help="What finds the boxes: selective_search, opencv, random, random_patches, or attention, which needs "
+            "--weights.  \\[default: selective_search]",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            "--backbone",
+            help="--engine attention: torchvision or timm backbone.  \\[default: that of the run in --weights, or "
+            "resnet50]",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights",
+            help="--engine attention: the backbone's weights; a run folder, a weights file, imagenet (the library's "
+            "own supervised ones), or random.",
+            show_default=False,
+        ),
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", help="Processes.  \\[default: all cores]")] = None,
     shard: Annotated[
@@ -228,7 +250,9 @@ def propose(
         typer.Option("--preview-out", help="PNG file of the preview.  \\[default: as --out, with .png]"),
     ] = None,
 ) -> None:
-    """Find class-less boxes (Selective Search) in a folder of images, for every method to train on.
+    """Find class-less boxes (Selective Search, or what stands out in a backbone's features) in a folder of images.
+
+    Every method trains on them. headstart propose PHOTOS --engine attention --backbone resnet50 --weights FILE
 
     A killed command goes on where it stopped when it is repeated; new images in the folder are added. In a cluster's
     job array, each job does its share: headstart propose PHOTOS --out FILE --shard $SLURM_ARRAY_TASK_ID/100
@@ -237,7 +261,13 @@ def propose(
     from headstart.settings import merge, parse_assignments, validate
     from headstart.verbs.propose import propose as run
 
-    given = {"preset": preset, "engine": engine, "seed": seed}
+    given = {
+        "preset": preset,
+        "engine": engine,
+        "features_backbone": backbone,
+        "features_weights": weights,
+        "seed": seed,
+    }
     explicit = {k: v for k, v in given.items() if v is not None}
     values = merge(explicit, parse_assignments(ProposalSettings, settings or []))
     summary = run(images, out, settings=validate(ProposalSettings, values, "propose"), workers=workers, shard=shard)

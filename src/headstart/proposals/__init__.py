@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from headstart.proposals.presets import PRESETS, PresetName
 
-EngineName = Literal["selective_search", "opencv", "random", "random_patches"]
+EngineName = Literal["selective_search", "opencv", "random", "random_patches", "attention"]
 
 
 Mode = Literal["fixed", "exact", "diverse"]
@@ -61,7 +61,8 @@ class ProposalSettings(BaseModel):
     engine: EngineName = Field(
         default="selective_search",
         description="What finds the boxes: selective_search (ours), opencv (OpenCV's Selective Search), random (boxes "
-        "that pass the filter: SoCo Table 5c) or random_patches (of any size and shape: UP-DETR).",
+        "that pass the filter: SoCo Table 5c), random_patches (of any size and shape: UP-DETR) or attention (what "
+        "stands out in a trained backbone's features: JoinDet).",
     )
     mode: Mode = Field(
         default="fixed",
@@ -88,11 +89,51 @@ class ProposalSettings(BaseModel):
         default="hsv",
         description="Colour space that is segmented and compared (opencv only). hsv is OpenCV's own choice.",
     )
+    features_backbone: str | None = Field(
+        default=None,
+        description="attention only. torchvision's or timm's name of the backbone whose features are cut. Unset: that "
+        "of the run in features_weights, else resnet50.",
+    )
+    features_weights: str | None = Field(
+        default=None,
+        description="attention only. The backbone's weights: a run folder, a weights file, imagenet (the library's "
+        "own supervised ones) or random (on purpose).",
+    )
+    features_px: int = Field(
+        default=640,
+        ge=32,
+        description="attention only. The backbone sees images of this long side; smaller ones are enlarged.",
+    )
+    features_stride: Literal[4, 8, 16, 32] = Field(
+        default=16,
+        description="attention only. px a cell of the map that is cut: 16 is C4 of a ResNet, 32 its C5. Half of it: "
+        "four times the cells, 16 times the graph.",
+    )
+    cut_centre: bool = Field(
+        default=True,
+        description="attention only. Take the map's mean off the features first: after a ReLU none is below zero, so "
+        "that all cells would be alike.",
+    )
+    cut_tau: float = Field(
+        default=0.2,
+        ge=-1,
+        le=1,
+        description="attention only. Two cells are alike where the cosine of their features is at least this "
+        "(JoinDet, Eq. 1; TokenCut's value).",
+    )
+    cut_eps: float = Field(
+        default=1e-5, gt=0, lt=1, description="attention only. Weight of an edge between cells that are not alike."
+    )
+    cut_rounds: int = Field(
+        default=3,
+        ge=1,
+        description="attention only. Cuts an image: after each, what stood out is taken away. JoinDet: 1.",
+    )
     long_side_px: int = Field(
         default=640,
         ge=32,
         description="Larger images are shrunk to this long side for the search; boxes come back in the "
-        "original's px. The time grows faster than the number of pixels.",
+        "original's px. The time grows faster than the number of pixels. attention: features_px, if not set.",
     )
     squash_px: int | None = Field(
         default=None,
@@ -146,7 +187,9 @@ class ProposalSettings(BaseModel):
         ge=1,
         description="Boxes an image (random and random_patches only). SoCo Table 5c: 1, 4, 8; UP-DETR: 10.",
     )
-    seed: int = Field(default=0, ge=0, description="Seed of the random engines; each image has its own stream.")
+    seed: int = Field(
+        default=0, ge=0, description="Seed of the random engines, each image its own stream; and of random weights."
+    )
     max_unreadable: float = Field(
         default=0.1,
         ge=0,
@@ -161,6 +204,8 @@ class ProposalSettings(BaseModel):
         values = {**PRESETS[name].values, **values} if isinstance(name, str) and name in PRESETS else values
         if not isinstance(values, Mapping):
             return values
+        if values.get("engine") == "attention" and isinstance(values.get("features_px"), int):
+            values = {"long_side_px": values["features_px"], **values}
         ours = values.get("engine", "selective_search") == "selective_search"
         return {**SEARCH_DEFAULTS.get(values.get("mode", "fixed") if ours else "exact", PAPERS), **values}
 
@@ -198,11 +243,18 @@ def _random_patches(settings: ProposalSettings) -> ProposalEngine:
     return RandomPatches(settings.random_boxes)
 
 
+def _attention(settings: ProposalSettings) -> ProposalEngine:
+    from headstart.proposals.attention import Attention
+
+    return Attention(settings)
+
+
 ENGINES: dict[str, Callable[[ProposalSettings], ProposalEngine]] = {
     "selective_search": _selective_search,
     "opencv": _opencv,
     "random": _random,
     "random_patches": _random_patches,
+    "attention": _attention,
 }
 
 
@@ -214,7 +266,15 @@ READ_BY: dict[str, tuple[EngineName, ...]] = {
     "min_size": ("selective_search", "opencv"),
     "colour": ("opencv",),
     "random_boxes": ("random", "random_patches"),
-    "seed": ("random", "random_patches"),
+    "features_backbone": ("attention",),
+    "features_weights": ("attention",),
+    "features_px": ("attention",),
+    "features_stride": ("attention",),
+    "cut_centre": ("attention",),
+    "cut_tau": ("attention",),
+    "cut_eps": ("attention",),
+    "cut_rounds": ("attention",),
+    "seed": ("random", "random_patches", "attention"),
 }
 
 
@@ -222,6 +282,7 @@ def make_engine(settings: ProposalSettings) -> ProposalEngine:
     """The engine that ``settings.engine`` names.
 
     Raises:
-        SettingsError: it can't work on this machine; the message says what to install.
+        SettingsError: it can't work on this machine, or as it is set; the message says what to do.
+        WeightsError, RunError: the weights it needs can't be had.
     """
     return ENGINES[settings.engine](settings)

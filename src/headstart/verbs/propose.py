@@ -37,7 +37,7 @@ from headstart import console
 from headstart.datasets.image_set import ImageSet
 from headstart.errors import DataError, ImageError, RunError
 from headstart.files import replacing
-from headstart.proposals import ProposalEngine, ProposalSettings
+from headstart.proposals import READ_BY, ProposalEngine, ProposalSettings
 from headstart.proposals.filters import FALLBACKS
 from headstart.proposals.finder import Finder
 from headstart.proposals.parts import INDEX_PREFIX, PART_PREFIX, Parts, Rows, Share
@@ -61,6 +61,8 @@ CHUNK_SECONDS = 1.0  # after which it returns what it has
 EARLY_CHECK_IMAGES = 50
 SLOW_JOIN_IMAGES = 50_000  # from here on joining takes seconds, and shows how far it is
 SHOWN = 10  # images that a summary names
+# Settings that change no boxes. The version of the engine names its weights, wherever they lie.
+NO_MATTER = {"max_unreadable", "features_weights", "features_backbone"}
 UNUSABLE_SUFFIX = ".unusable.tsv"  # of the list of all others, beside the file
 
 
@@ -554,13 +556,14 @@ def _check_same(files: Iterable[ProposalFile], metadata: dict[str, Any], pending
     """Rows made in two ways must not get into one table."""
     for file in files:
         old, new = dict(file.metadata["settings"]), dict(metadata["settings"])
-        if pending:  # a finished file stays usable when the library behind the engine is upgraded
+        # A finished file stays usable when the library behind the engine is upgraded, but not with other weights.
+        if pending or old.get("engine") == new["engine"] == "attention":
             old["engine_version"] = file.metadata["engine_version"]
             new["engine_version"] = metadata["engine_version"]
         different = [
             f"{key} is {old.get(key, 'not set')} there and {new.get(key, 'not set')} now"
-            for key in sorted({*old, *new} - {"max_unreadable"})
-            if old.get(key) != new.get(key)
+            for key in sorted({*old, *new} - NO_MATTER)
+            if old.get(key) != new.get(key) and new["engine"] in READ_BY.get(key, (new["engine"],))
         ]
         if different:
             raise RunError(
