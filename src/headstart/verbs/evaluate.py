@@ -18,11 +18,13 @@ from headstart.console import notes, progress
 from headstart.datasets.detection import Category, DetectionData, load_detection_data
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector
+from headstart.detectors.formats import transformers_folders
 from headstart.detectors.weights import load_state, read_metadata, read_state
 from headstart.engine import pick_device, worker_init
 from headstart.errors import ImageError, RunError, WeightsError
 from headstart.files import write_json
 from headstart.runs import DETECTOR_FILE, read_record
+from headstart.verbs.start import detector_of, is_foreign, load_start
 
 
 @dataclass
@@ -57,11 +59,11 @@ def evaluate(
     """COCO metrics of ``detector`` on labelled images, boxes and, where both sides have them, masks.
 
     Args:
-        detector: a fine-tuned run folder, or a torchvision detector.
+        detector: a fine-tuned run folder, a folder of transformers, or a torchvision detector.
         data: COCO JSON, Pascal VOC folder or list, or loaded data. A run's classes are matched by name; for a
             detector object, label k is the k-th category in the order of their ids.
         images: folder of the images, where they are not beside ``data``.
-        out: JSON file to write; unset: ``eval_NAME.json`` in the run folder, nothing for a detector object.
+        out: JSON file to write; unset: ``eval_NAME.json`` in the run folder, nothing for what is no run.
         batch_size: images at a time.
         device: "auto", "cpu", "cuda", "cuda:1".
         show: progress bar.
@@ -78,18 +80,25 @@ def evaluate(
     else:
         wrapped = detectors.wrap(detector)  # type: ignore[arg-type]
     evaluation = run_detector(wrapped, loaded, batch_size, pick_device(device), show)
-    target = Path(out) if out is not None else run and run / f"eval_{loaded.source.stem}.json"
-    if target:
-        write_evaluation(evaluation, target)
+    if out is None and run is not None and not is_foreign(run):
+        out = run / f"eval_{loaded.source.stem}.json"
+    if out is not None:
+        write_evaluation(evaluation, Path(out))
     return evaluation
 
 
 def load_finetuned(run: Path) -> tuple[Detector, list[str]]:
-    """The detector of a fine-tuned run and its class names, in the order of its labels.
+    """The detector of a fine-tuned run, or of a folder of transformers, and its class names in the order of its labels.
 
     Raises:
         RunError: not a run, a pretraining run, or one that has not finished.
     """
+    if is_foreign(run):
+        detector = detectors.build(detectors.parse_settings(detector_of(run)))
+        report = load_start(detector, run)
+        if any(not detector.is_neutral(key) for key in report.missing) or report.unexpected or report.reshaped:
+            raise WeightsError(f"{run}: its weights are not all of the detector that its config.json describes")
+        return detector, transformers_folders.read_classes(run)
     record = read_record(run)
     if record["kind"] != "finetune":
         raise RunError(f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}")
@@ -125,7 +134,8 @@ def run_detector(
     detector.to(device).eval()
     found: list[dict[str, Any]] = []
     unreadable: dict[str, str] = {}
-    with torch.inference_mode(), progress("evaluate", len(dataset), "images", show) as bar:
+    # Not inference mode: what a detector remembers from it could not be trained with, and training may go on.
+    with torch.no_grad(), progress("evaluate", len(dataset), "images", show) as bar:
         for samples in loader:
             good = [(index, image) for index, image, problem in samples if image is not None]
             unreadable |= {data.images[i].file_name: problem for i, _, problem in samples if problem}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headstart import detectors
 from headstart.detectors.detector import Detector
-from headstart.detectors.formats import format_module
+from headstart.detectors.formats import FOLDERS, format_module, transformers_folders
 from headstart.detectors.weights import read_metadata, read_state, save_detector, summarise
 from headstart.errors import RunError, SettingsError, WeightsError
 from headstart.files import replacing
@@ -27,7 +27,7 @@ class Exported:
     """What :func:`export` returns.
 
     Attributes:
-        path: the file written.
+        path: the file or folder written.
         parts: part -> how many of its keys were written, perhaps none.
         missing: part -> how many of its keys the run does not have, since it did not train that part.
         missing_there: keys of the other library's model that the run has no counterpart for, where that is known.
@@ -72,8 +72,9 @@ def export(
 
     Args:
         run: folder of a finished run. A pretrained one has the parts it trained, a fine-tuned one has all.
-        to: "torchvision", "detectron2", "mmdetection", or "timm" (the backbone alone).
-        out: file to write; unset: ``RUN/TO.safetensors``.
+        to: "torchvision", "detectron2", "mmdetection", "timm" (the backbone alone), or "transformers" (a folder, of a
+            DETR or Deformable DETR).
+        out: file to write, or folder; unset: ``RUN/TO.safetensors``, or ``RUN/transformers``.
         format: "safetensors" or "pth", a torch file as that library's own loaders read it; unset: what ``out`` ends
             in, or safetensors.
 
@@ -108,14 +109,24 @@ def export(
     translated = library.from_torchvision(state, str(settings.get("backbone", "")))
     if not translated.state:
         raise SettingsError(f"--to {to}: {file} holds nothing that goes there ({summarise(list(state))})")
-    wanted = {}
+    wanted: dict[str, Any] = {}
     if detector is not None:
         wanted = library.model_settings(detector.module.state_dict(), settings)
     about = metadata | {"format": to}
     if settings:
         about |= {"detector": settings["name"], "backbone": settings["backbone"], "channels": "RGB, in [0, 1]"}
         about |= {name: settings[name] for name in ("image_mean", "image_std") if name in settings}
-    if path.suffix == ".pth":
+    missing_there = translated.missing
+    if to in FOLDERS:
+        # Only a detector that was built here gets so far.
+        assert detector is not None
+        classes = metadata.get("classes") or [f"LABEL_{number}" for number in range(settings["num_classes"] or 90)]
+        whole = library.from_torchvision(detector.module.state_dict(), str(settings["backbone"])).state
+        missing_there = [name for name in whole if name not in translated.state]
+        config = wanted | library.class_names(classes)
+        transformers_folders.write(path, translated.state, config, library.processor_settings(settings), about)
+        wanted = {}  # all of it is in the folder
+    elif path.suffix == ".pth":
         tensors = {key: value.clone() for key, value in translated.state.items()}
         with replacing(path) as temporary:
             torch.save(library.torch_file(tensors, about), temporary)
@@ -129,7 +140,7 @@ def export(
         to=to,
         parts=_counts(owners, written),
         missing={part: keys for part, keys in absent.items() if keys},
-        missing_there=translated.missing,
+        missing_there=missing_there,
         dropped=translated.dropped,
         trimmed=translated.trimmed,
         settings=wanted,
@@ -140,6 +151,10 @@ def export(
 def _target(run: Path, to: str, out: Path | str | None, format: str | None) -> Path:
     if format is not None and f".{format}" not in SUFFIXES:
         raise SettingsError(f"--format {format}: not known; choose one of {', '.join(s[1:] for s in SUFFIXES)}")
+    if to in FOLDERS:
+        if format not in (None, SUFFIXES[0][1:]):
+            raise SettingsError(f"--format {format}: --to {to} writes a folder with {SUFFIXES[0][1:]}")
+        return Path(out) if out is not None else run / to
     path = Path(out) if out is not None else run / f"{to}.{format or SUFFIXES[0][1:]}"
     if path.suffix not in SUFFIXES or format not in (None, path.suffix[1:]):
         expected = f".{format}" if format else " or ".join(SUFFIXES)

@@ -1,4 +1,4 @@
-"""What a run starts from: another run, a weights file, the library's own weights, or nothing."""
+"""What a run starts from: another run, a weights file, a transformers folder, the library's own weights, or nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from headstart import detectors
 from headstart.detectors import backbones
 from headstart.detectors.checkpoints import BackboneState, to_backbone
 from headstart.detectors.detector import Detector
+from headstart.detectors.formats import transformers_folders
 from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state
 from headstart.errors import RunError, SettingsError
-from headstart.runs import DETECTOR_FILE, read_record
+from headstart.runs import DETECTOR_FILE, RECORD, read_record
 
 SCRATCH = "scratch"
 IMAGENET = "imagenet"  # the library's own supervised weights of the backbone
@@ -22,11 +23,11 @@ WORDS = (SCRATCH, IMAGENET)
 
 
 def detector_of(start: Path | str) -> dict[str, Any]:
-    """Detector settings of the run that ``start`` is; empty for scratch, the library's weights and files.
+    """Detector settings of the run or the transformers folder that ``start`` is; empty for scratch, words and files.
 
     Raises:
         RunError: ``start`` is neither a run, nor a file, nor a word that is known.
-        SettingsError: it is a run of a detector object, whose settings nobody wrote down.
+        SettingsError: it is a run of a detector object, whose settings nobody wrote down, or a folder of another model.
     """
     path = Path(start)
     if str(start) in WORDS or path.is_file():
@@ -34,6 +35,8 @@ def detector_of(start: Path | str) -> dict[str, Any]:
     if not path.is_dir():
         words = " or ".join(f"'{word}'" for word in WORDS)
         raise RunError(f"{start}: no such run folder or weights file; expected one of these, or {words}")
+    if is_foreign(path):
+        return transformers_folders.read_settings(path)
     settings = dict(read_record(path)["config"]["detector"])
     if "object" in settings:
         raise SettingsError(
@@ -69,21 +72,37 @@ def load_start(detector: Detector, start: Path | str) -> LoadReport:
             raise SettingsError(f"{IMAGENET}: the backbone's name is not known; load its weights into the object")
         weights = BackboneState("plain", "", backbones.pretrained(detector.settings.backbone))
         return _of_backbone(detector, {}, weights, start)
-    path = Path(start)
-    file = path / DETECTOR_FILE if path.is_dir() else path
-    if not file.is_file():
-        raise RunError(f"{path}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
-    state = read_state(file)
+    file = weights_of(start)
+    words: list[str] = []
+    if is_foreign(Path(start)):
+        state, words = transformers_folders.read_weights(Path(start))
+    elif file.is_file():
+        state = read_state(file)
+    else:
+        raise RunError(f"{start}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
     adapted, moved = detector.adapt(state)
     own = detector.part_state(["backbone"])
     if own.keys() & adapted.keys():
         report = load_state(detector.module, adapted, str(file))
-        report.moved, report.notes = moved, list(read_metadata(file).get("notes", []))
+        report.moved, report.notes = words + moved, list(read_metadata(file).get("notes", []))
         return report
     backbone = to_backbone(state, str(file), detector.plain_backbone)
     known = detector.module.state_dict()
     others = {key: value for key, value in adapted.items() if key in known}
     return _of_backbone(detector, others, backbone, file)
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether ``path`` is a folder that transformers wrote, and no run."""
+    return not (path / RECORD).exists() and transformers_folders.is_folder(path)
+
+
+def weights_of(start: Path | str) -> Path:
+    """The file in which the weights of ``start`` are, whether it is there or not."""
+    path = Path(start)
+    if is_foreign(path):
+        return path / transformers_folders.WEIGHTS[0]
+    return path / DETECTOR_FILE if path.is_dir() else path
 
 
 def _of_backbone(detector: Detector, others: dict[str, Tensor], backbone: BackboneState, source: Any) -> LoadReport:
@@ -104,7 +123,6 @@ def start_record(start: Any) -> dict[str, Any]:
         return {"from": type(start).__name__, "method": "given", "pretrain_steps": 0}
     if str(start) in WORDS:
         return {"from": str(start), "method": str(start), "pretrain_steps": 0}
-    path = Path(start)
-    metadata = read_metadata(path / DETECTOR_FILE if path.is_dir() else path)
-    method = metadata.get("made_by") or metadata.get("method") or metadata.get("kind") or path.stem
+    metadata = read_metadata(weights_of(start))
+    method = metadata.get("made_by") or metadata.get("method") or metadata.get("kind") or Path(start).stem
     return {"from": str(start), "method": method, "pretrain_steps": metadata.get("steps", 0)}

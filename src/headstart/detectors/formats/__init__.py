@@ -8,6 +8,8 @@ Each file offers the same four functions, all pure::
     loading(file) -> str                                # the lines that load the file over there
 
 and ``torch_file(state, metadata)``, what a torch file for that library holds, where its loaders read torch files.
+Those in ``FOLDERS`` are written as a folder instead, by :mod:`headstart.detectors.formats.transformers_folders`.
+``originals.py`` has the names of repositories whose checkpoints are read, and for which nothing is written.
 ``docs/export.md`` has the tables.
 """
 
@@ -23,7 +25,9 @@ FORMATS = {
     "detectron2": "headstart.detectors.formats.detectron2",
     "mmdetection": "headstart.detectors.formats.mmdetection",
     "timm": "headstart.detectors.formats.timm",
+    "transformers": "headstart.detectors.formats.transformers",
 }
+FOLDERS = ("transformers",)
 
 
 def format_module(name: str) -> ModuleType:

@@ -37,6 +37,7 @@ from headstart.detectors.formats.renaming import (
     is_resnet,
     point_offset,
     refuse_composite,
+    refuse_transformer,
     resnet_depth,
     split_shared_stage,
     translate,
@@ -63,6 +64,7 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
         WeightsError: the weights are not those of a detector of a known family.
     """
     refuse_composite(state, NAME)
+    refuse_transformer(state, NAME)
     if not is_resnet(backbone):
         raise SettingsError(
             f"--to {NAME}: its own backbones are built differently from timm's {backbone}, so these weights fit none "

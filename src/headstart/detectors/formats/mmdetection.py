@@ -34,6 +34,7 @@ from headstart.detectors.formats.renaming import (
     is_resnet,
     point_offset,
     refuse_composite,
+    refuse_transformer,
     resnet_depth,
     split_shared_stage,
     timm_name,
@@ -62,6 +63,7 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
         WeightsError: the weights are not those of a detector of a known family.
     """
     refuse_composite(state, NAME)
+    refuse_transformer(state, NAME)
     if not is_resnet(backbone):
         timm_name(backbone, NAME)
     if backbone.startswith("wide_resnet"):

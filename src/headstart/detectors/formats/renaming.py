@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor
 
@@ -230,6 +229,8 @@ def timm_name(backbone: str, library: str) -> str:
     Raises:
         SettingsError: nothing.
     """
+    import timm  # takes half a second, which others need not wait for
+
     name = SWIN.get(backbone, backbone)
     if not timm.is_model(name):
         raise SettingsError(f"--to {library}: timm has no network called {backbone}, which could hold these weights")
@@ -260,6 +261,15 @@ def refuse_composite(state: Mapping[str, Tensor], library: str) -> None:
         raise SettingsError(
             f"--to {library}: has no composite backbone (two networks, one feeding the other), so the detector would "
             "be another there; use --to torchvision"
+        )
+
+
+def refuse_transformer(state: Mapping[str, Tensor], library: str) -> None:
+    """Raises: SettingsError for a DETR of any kind."""
+    if any(key.startswith("transformer.") for key in state):
+        raise SettingsError(
+            f"--to {library}: transformer detectors are not translated for it; use --to transformers, or --to "
+            "torchvision, which keeps the names they have, those of DETR's own repositories"
         )
 
 
