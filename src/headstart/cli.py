@@ -318,8 +318,8 @@ def _pretrain_with(method: str) -> Any:
             str | None,
             typer.Option(
                 "--start",
-                help="What to start from: a run folder, a weights file, imagenet (the library's own supervised weights "
-                "of the backbone), or scratch.  \\[default: scratch, where the method allows it]",
+                help="What to start from: a run folder, a weights file, a transformers folder, imagenet (the library's "
+                "own supervised weights of the backbone), or scratch.  \\[default: scratch, where the method allows it]",
             ),
         ] = None,
         out: Out = None,
@@ -390,8 +390,8 @@ def finetune(
     start: Annotated[
         str,
         typer.Argument(
-            help="What to start from: a run folder, a weights file (.safetensors, .pth), 'imagenet' (the library's own "
-            "supervised weights of the backbone), or 'scratch'.",
+            help="What to start from: a run folder, a weights file (.safetensors, .pth), a transformers folder, 'imagenet' "
+            "(the library's own supervised weights of the backbone), or 'scratch'.",
             metavar="START",
         ),
     ],
@@ -490,10 +490,12 @@ def report(
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder, pretrained or fine-tuned.", metavar="RUN")],
     to: Annotated[
-        str, typer.Option("--to", help="torchvision, detectron2, mmdetection, or timm (the backbone alone).")
+        str,
+        typer.Option("--to", help="torchvision, detectron2, mmdetection, timm (the backbone alone), or transformers."),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write.  \\[default: TO.safetensors in the run folder]")
+        Path | None,
+        typer.Option("--out", help="File or folder to write.  \\[default: TO.safetensors or TO in the run folder]"),
     ] = None,
     format: Annotated[
         str | None,

@@ -102,7 +102,7 @@ class DeformableDETR(TransformerDetector):
 
     def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Between one map and four, and between layers that share class and box layers and those that do not."""
-        adapted, said = dict(state), []
+        adapted, said = super().adapt(state)
         for wanted, change in ((len(self.module.input_proj), _levels), (len(self.module.class_embed), _heads)):
             adapted, words = change(adapted, wanted)
             said += words

@@ -17,6 +17,7 @@ from typing_extensions import Self
 
 from headstart.detectors.builders.transformer import Answers, QueryDetector
 from headstart.detectors.detector import Features, Matched, Queries, Target, as_float
+from headstart.detectors.formats import originals
 from headstart.detectors.pyramid import TorchvisionDetector, TorchvisionSettings, at_most, with_area
 from headstart.detectors.set_loss import Objects, SetLoss, objects_in_all, per_layer
 
@@ -83,6 +84,10 @@ class TransformerDetector(TorchvisionDetector):
     @property
     def body(self) -> nn.Module:
         return self.module.backbone.body
+
+    def adapt(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Under this library's names, from the original repositories' and transformers' too."""
+        return originals.adapt(state)
 
     def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """The maps that the encoder sees; ``neck=False``: the backbone's last one."""
