@@ -319,7 +319,7 @@ def _pretrain_with(method: str) -> Any:
             typer.Option(
                 "--start",
                 help="What to start from: a run folder, a weights file, a transformers folder, imagenet (the library's "
-                "own supervised weights of the backbone), or scratch.  \\[default: scratch, where the method allows it]",
+                "own supervised weights of the backbone), or scratch.  \\[default: scratch, where the method allows]",
             ),
         ] = None,
         out: Out = None,
@@ -390,8 +390,8 @@ def finetune(
     start: Annotated[
         str,
         typer.Argument(
-            help="What to start from: a run folder, a weights file (.safetensors, .pth), a transformers folder, 'imagenet' "
-            "(the library's own supervised weights of the backbone), or 'scratch'.",
+            help="What to start from: a run folder, a weights file (.safetensors, .pth), a transformers folder, "
+            "'imagenet' (the library's own supervised weights of the backbone), or 'scratch'.",
             metavar="START",
         ),
     ],
@@ -454,10 +454,12 @@ def finetune(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Fine-tuned run folder.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="Fine-tuned run folder, or transformers folder.", metavar="RUN")],
     data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the images.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file.  \\[default: RUN/eval_LABELS.json]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="JSON file.  \\[default: RUN/eval_LABELS.json of a run]")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
@@ -467,7 +469,8 @@ def evaluate(
     evaluation = score(run, data, images=images, out=out, batch_size=batch_size, device=device)
     for table in evaluation.tables():
         results.print(table)
-    notes.print(f"Written: {evaluation.path}")
+    if evaluation.path is not None:
+        notes.print(f"Written: {evaluation.path}")
 
 
 @app.command()
