@@ -275,3 +275,153 @@ def test_log_and_tensorboard_hold_every_term(tmp_path):
     assert lines[3]["loss"] == pytest.approx(sum(lines[3]["terms"].values()), rel=1e-5)
     assert lines[3]["watch"] == {"health": 1.0}
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
+
+
+# ---- between steps ---------------------------------------------------------------------------------------------------
+
+
+class Curve:
+    """An examination that draws random numbers, changes modes, and stops after two values that are no better."""
+
+    def __init__(self, model: Model, values: dict[int, float]) -> None:
+        self.model, self.values = model, values
+        self.asked: list[int] = []
+        self.best, self.since = -1.0, 0
+
+    def __call__(self, done: int) -> tuple[dict, bool]:
+        assert not torch.is_grad_enabled()
+        self.asked.append(done)
+        torch.rand(7)
+        self.model.eval()
+        self.model(Batch(torch.zeros(3, 4)))
+        value = self.values[done]
+        self.best, self.since = (value, 0) if value > self.best else (self.best, self.since + 1)
+        return {"validation": {"AP": value}}, self.since >= 2
+
+    def hooks(self) -> dict:
+        return {"examine_every": 3, "examine": self, "state": self.state, "restore": self.restore}
+
+    def state(self) -> dict:
+        return {"best": self.best, "since": self.since}
+
+    def restore(self, state: dict) -> None:
+        self.best, self.since = state["best"], state["since"]
+
+
+RISING = {3: 0.1, 6: 0.2, 9: 0.3, 12: 0.4, 14: 0.5}
+FALLING = {3: 0.4, 6: 0.3, 9: 0.2}
+
+
+def examined(path: Path, values: dict[int, float], stop_after: int | None = None, resume: bool = False):
+    model = Model()
+    model.net[1].eval()  # one layer keeps its statistics: its mode is its own
+    curve = Curve(model, values)
+
+    def stop(step: int, total: int) -> None:
+        if step + 1 == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    done = fit(
+        job(model, after_step=stop, **curve.hooks()),
+        settings(max_steps=14),
+        OPTIM,
+        start(path, resume),
+        resume=resume,
+        show=False,
+    )
+    return done, curve, weights(model)
+
+
+def test_an_examination_changes_nothing_of_the_training(tmp_path):
+    """It is asked every so many steps and at the end, and what it draws and which modes it leaves do not matter."""
+    plain = Model()
+    fit(job(plain), settings(max_steps=14), OPTIM, start(tmp_path / "plain"), show=False)
+    done, curve, found = examined(tmp_path / "run", RISING)
+    assert done.finished
+    assert curve.asked == [3, 6, 9, 12, 14]
+    assert_same(found, weights(plain))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert {line["step"]: line["validation"]["AP"] for line in lines if "validation" in line} == RISING
+
+
+def test_an_examination_ends_the_run_and_a_resume_knows(tmp_path):
+    done, curve, found = examined(tmp_path / "run", FALLING)
+    assert (done.steps, done.finished, curve.asked) == (9, True, [3, 6, 9])
+    again, asked, same = examined(tmp_path / "run", FALLING, resume=True)
+    assert (again.steps, again.finished, asked.asked) == (9, True, [])
+    assert_same(found, same)
+
+
+@pytest.mark.parametrize("at", [2, 3, 5, 9, 14])
+def test_a_run_that_is_examined_resumes_to_the_same(tmp_path, at):
+    """Also where it was stopped exactly when an examination was due, the last one included."""
+    _, whole, expected = examined(tmp_path / "whole", RISING)
+    done, before, _ = examined(tmp_path / "cut", RISING, stop_after=at)
+    assert (done.steps, done.finished) == (at, False)
+    done, after, found = examined(tmp_path / "cut", RISING, resume=True)
+    assert done.finished
+    assert before.asked + after.asked == whole.asked
+    assert after.state() == whole.state()
+    assert_same(expected, found)
+    validations = [
+        [
+            line
+            for line in map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+            if "validation" in line
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert [[v["step"] for v in side] for side in validations] == [[3, 6, 9, 12, 14]] * 2
+
+
+class Renewed:
+    """Data that change every five steps, and depend on the weights at that moment."""
+
+    def __init__(self, model: Model, folder: Path) -> None:
+        self.model, self.folder, self.at, self.shift = model, folder, -1, 0.0
+
+    def __call__(self, done: int) -> bool:
+        torch.rand(3)
+        self.model.eval()
+        at = done // 5 * 5
+        if at == self.at:
+            return False
+        file = self.folder / f"{at}.txt"
+        if not file.exists():
+            assert at == done
+            file.write_text(repr(float(self.model.net[0].weight.sum())))
+        self.at, self.shift = at, float(file.read_text())
+        return True
+
+    def load(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        return (load(index, rng) + self.shift).astype(np.float32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at", [None, 3, 5, 8])
+def test_renewed_data_reach_the_workers_and_a_resumed_run(tmp_path, workers, at):
+    def run(name: str, stop_after: int | None, resume: bool = False) -> tuple:
+        model = Model()
+        (tmp_path / name).mkdir(exist_ok=True)
+        renewed = Renewed(model, tmp_path / name)
+
+        def stop(step: int, total: int) -> None:
+            if step + 1 == stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        hooks = {"load": renewed.load, "renew": renewed, "renew_every": 5, "after_step": stop}
+        folder = start(tmp_path / name / "run", resume)
+        done = fit(job(model, **hooks), settings(workers=workers), OPTIM, folder, resume=resume, show=False)
+        return done, weights(model)
+
+    _, expected = run("whole", None)
+    if at is None:
+        plain = Model()
+        fit(job(plain), settings(), OPTIM, start(tmp_path / "plain"), show=False)
+        assert not torch.equal(weights(plain)["net.0.weight"], expected["net.0.weight"])
+        assert sorted(p.name for p in (tmp_path / "whole").glob("*.txt")) == ["0.txt", "10.txt", "5.txt"]
+        return
+    done, _ = run("cut", at)
+    assert done.steps == at
+    _, found = run("cut", None, resume=True)
+    assert_same(expected, found)

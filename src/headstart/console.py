@@ -28,6 +28,9 @@ notes = Console(stderr=True, highlight=False)
 results = Console(highlight=False)
 
 
+_shown: list[Progress] = []  # the live display, of which a console has one at a time
+
+
 class Bar:
     """What :func:`progress` yields. ``advance`` after each unit of work; ``note`` changes the text behind it."""
 
@@ -49,6 +52,10 @@ class Bar:
             self._last_line = time.monotonic()
             self.print_line()
 
+    def remove(self) -> None:
+        if self._live is not None and self._task is not None:
+            self._live.remove_task(self._task)
+
     def print_line(self) -> None:
         elapsed = time.monotonic() - self._start
         left = (self.total - self.done) * elapsed / max(self.done, 1)
@@ -59,12 +66,19 @@ class Bar:
 
 @contextmanager
 def progress(description: str, total: int, unit: str = "images", show: bool = True) -> Iterator[Bar]:
-    """A progress bar with ETA for ``total`` units of work."""
+    """A progress bar with ETA for ``total`` units of work; inside of another's it is shown below that one."""
     if not show or not notes.is_terminal:
         bar = Bar(description, total, unit, live=None)
         if not show:
             bar._last_line = float("inf")
         yield bar
+        return
+    if _shown:
+        bar = Bar(description, total, unit, _shown[0])
+        try:
+            yield bar
+        finally:
+            bar.remove()
         return
     columns = [
         TextColumn("{task.description}"),
@@ -77,7 +91,11 @@ def progress(description: str, total: int, unit: str = "images", show: bool = Tr
         TextColumn("{task.fields[note]}"),
     ]
     with Progress(*columns, console=notes, refresh_per_second=4) as live:
-        yield Bar(description, total, unit, live)
+        _shown.append(live)
+        try:
+            yield Bar(description, total, unit, live)
+        finally:
+            _shown.remove(live)
 
 
 def short_time(seconds: float) -> str:

@@ -6,6 +6,7 @@ What it promises:
   (seed, n) alone. N processes with B / N images each do the step of one process with B.
 * A killed run goes on from its last checkpoint to the same numbers, bit for bit on CPU.
 * A loss that is not finite stops the run before anything of it is saved.
+* What a job does between steps (new boxes, validation) leaves random state and modes as training had them.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Job:
         after_step: called with (step, total_steps) when the parameters have moved.
         watch: health of the run, called after a step that is logged.
         warn: ``watched -> message`` where the run looks sick.
+        renew_every, renew: called with the number of steps done before the first step, after a resume, and every so
+            many steps; brings ``load`` up to date. Where it returns True the data workers start anew.
+        examine_every, examine: called with the number of steps done every so many steps and at the end, on all
+            processes; returns what is logged, and whether the run should end here. A checkpoint follows.
+        state, restore: what ``examine`` has to remember, for checkpoints; plain values.
     """
 
     name: str
@@ -100,6 +106,12 @@ class Job:
     after_step: Callable[[int, int], None] = lambda step, total: None
     watch: Callable[[], dict[str, Any]] = dict
     warn: Callable[[Mapping[str, Any]], str | None] = lambda watched: None
+    renew_every: int | None = None
+    renew: Callable[[int], bool] = lambda done: False
+    examine_every: int | None = None
+    examine: Callable[[int], tuple[dict[str, Any], bool]] = lambda done: ({}, False)
+    state: Callable[[], dict[str, Any]] = dict
+    restore: Callable[[dict[str, Any]], None] = lambda state: None
 
 
 @dataclass
@@ -223,12 +235,17 @@ def worker_init(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def worker_count(settings: TrainSettings, device: torch.device) -> int:
+    """Data workers of this process."""
+    if settings.workers is not None:
+        return settings.workers
+    cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    # On CPU the networks want the cores themselves; a little help with decoding is enough.
+    return min(8, max(1, cores - 1)) if device.type == "cuda" else max(1, cores // 4)
+
+
 def _loader(job: Job, settings: TrainSettings, numbers: _Numbers, device: torch.device) -> DataLoader:
-    workers = settings.workers
-    if workers is None:
-        cores = max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        # On CPU the networks want the cores themselves; a little help with decoding is enough.
-        workers = min(8, max(1, cores - 1)) if device.type == "cuda" else max(1, cores // 4)
+    workers = worker_count(settings, device)
     return DataLoader(
         _Stream(job, settings.seed),
         batch_sampler=numbers,  # type: ignore[arg-type]
@@ -263,10 +280,13 @@ class _Log:
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         step = entry["step"]
-        for name, value in entry["terms"].items():
-            self._board.add_scalar(f"loss/{name}", value, step)
+        for group in ("terms", "validation"):
+            for name, value in entry.get(group, {}).items():
+                if value is not None:
+                    self._board.add_scalar(f"{'loss' if group == 'terms' else group}/{name}", value, step)
         for name in ("loss", "lr", "images_per_s"):
-            self._board.add_scalar(name, entry[name], step)
+            if name in entry:
+                self._board.add_scalar(name, entry[name], step)
         for name, value in entry.get("watch", {}).items():
             values = value if isinstance(value, list) else [value]
             for i, number in enumerate(values):
@@ -300,6 +320,20 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without gradient; afterwards random state and every module's mode are as before."""
+    before = checkpoint.random_state()
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        checkpoint.set_random_state(before)
 
 
 def fit(
@@ -338,6 +372,7 @@ def fit(
     first = 0
     unreadable: dict[str, str] = {}
     last_loss: float | None = None
+    examined, ended = 0, False  # steps done at the last examination, and whether it ended the run
     if resume and (found := checkpoint.load_latest(run.path)) is not None:
         if len(found.state["random"]) != world:
             raise RunError(f"{run.path}: was run by {len(found.state['random'])} processes, now {world}")
@@ -345,6 +380,8 @@ def fit(
         optimizer.load_state_dict(found.state["optimizer"])
         scaler.load_state_dict(found.state["scaler"])
         unreadable, last_loss = dict(found.state["unreadable"]), found.state.get("loss")
+        examined, ended = found.state.get("examined", 0), found.state.get("ended", False)
+        job.restore(found.state.get("job", {}))
         checkpoint.set_random_state(found.state["random"][distributed.rank()])
         first = found.step
         if distributed.is_main():
@@ -359,10 +396,15 @@ def fit(
     step = first
     warned = False
 
+    def due(at: int) -> bool:
+        """Whether the model of ``at`` steps is still to be examined."""
+        return job.examine_every is not None and at > examined and (at % job.examine_every == 0 or at == total)
+
     def save(at: int) -> None:
         states = distributed.gather(checkpoint.random_state())
         if distributed.is_main():
             extra = {"scaler": scaler.state_dict(), "unreadable": unreadable, "loss": last_loss}
+            extra |= {"examined": examined, "ended": ended, "job": job.state()}
             checkpoint.save(run.path, at, model, optimizer, states, extra, settings.keep_checkpoints)
         distributed.barrier()
 
@@ -374,13 +416,27 @@ def fit(
         wrapped: nn.Module = model
         if world > 1:
             wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-        numbers = _Numbers(first, total, batch_size, parts)
-        batches = iter(_loader(job, settings, numbers, device))
+        batches: Iterator[Any] | None = None
         bar = stack.enter_context(progress(job.name, total, "steps", show and distributed.is_main()))
         if first:
             bar.advance(first)
 
-        while step < total:
+        while True:
+            if due(step):
+                with _undisturbed(model):
+                    entry, ended = job.examine(step)
+                examined, logged_at = step, time.monotonic()
+                if log is not None:
+                    log.write({"step": step, **entry, "seconds": round(logged_at - start, 2)})
+                save(step)
+            if step >= total or ended:
+                break
+            if batches is None or (job.renew_every is not None and step % job.renew_every == 0):
+                with _undisturbed(model):
+                    renewed = job.renew(step)
+                if renewed or batches is None:
+                    batches = iter(_loader(job, settings, _Numbers(step, total, batch_size, parts), device))
+                    logged_at = time.monotonic()
             rate = learning_rate(step, total, optim)
             set_learning_rate(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
@@ -436,13 +492,15 @@ def fit(
                 bar.advance(0, _line(entry))
                 sums, counted, logged_at = {}, 0, now
             _check_unreadable(unreadable, job.images, settings.max_unreadable)
-            if step % every == 0 or step == total or stopping:
-                if counted:
-                    _check_finite(sums["loss"], terms, step - 1, run.path, rate)
+            saving = stopping or step % every == 0 or step == total
+            if counted and (saving or due(step)):
+                _check_finite(sums["loss"], terms, step - 1, run.path, rate)
+            if stopping or (saving and not due(step)):
                 save(step)
-            if stopping and step < total:
+            if stopping:
                 break
-    return Summary(step, time.monotonic() - start, last_loss, step >= total, unreadable)
+    finished = ended or (step >= total and not due(step))
+    return Summary(step, time.monotonic() - start, last_loss, finished, unreadable)
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import headstart
 from headstart import detectors
@@ -135,3 +138,89 @@ def test_scale_one_on_a_canvas_of_its_size_changes_nothing():
     new, moved = jitter_scale(image, target, np.random.default_rng(0), (1.0, 1.0), 40)
     assert torch.equal(new, image)
     assert torch.equal(moved["boxes"], target["boxes"])
+
+
+def validated(out, scenes, resume=False, **settings):
+    return headstart.finetune(
+        "scratch",
+        scenes / "train.json",
+        scenes / "val.json",
+        detector="fcos",
+        backbone="resnet18",
+        out=out,
+        batch_size=4,
+        device="cpu",
+        settings={
+            **{"detector.fpn_channels": 8, "detector.short_side_px": 64, "detector.long_side_px": 96},
+            **{"optim.schedule": "constant", "optim.warmup_steps": 0, "optim.lr": 0.01},
+            **{"train.workers": 0, "train.amp": "off", "train.max_steps": 8, "train.checkpoint_every": 3},
+            **settings,
+        },
+        resume=resume,
+        show=False,
+    )
+
+
+def test_validation_keeps_the_best_weights_and_ends_the_run(scenes, tmp_path, monkeypatch):
+    """AP is .1, .3, .2, .2 after steps 2, 4, 6, 8: stopped at 8, and kept are the weights of step 4. A run killed on
+    the way and resumed ends the same."""
+    from headstart.verbs import finetune as module
+
+    plain = validated(tmp_path / "plain", scenes, **{"train.max_steps": 4})
+    real, asked = module.run_detector, []
+
+    def scripted(detector, data, *rest):
+        evaluation = real(detector, data, *rest)
+        asked.append(detector)
+        aps = {"bbox": {"AP": scripted.aps.pop(0), "AP50": None}}
+        monkeypatch.setattr(type(evaluation), "metrics", aps)
+        return evaluation
+
+    monkeypatch.setattr(module, "run_detector", scripted)
+    tune = {"tune.validate_epochs": 1, "tune.patience": 2, "train.max_steps": 20}
+    scripted.aps = [0.1, 0.3, 0.2, 0.2, 0.3]
+    done = validated(tmp_path / "whole", scenes, **tune)
+    assert (done.summary.steps, done.summary.finished, done.best_step) == (8, True, 4)
+    for key, value in plain.detector.module.state_dict().items():
+        torch.testing.assert_close(done.detector.module.state_dict()[key], value, rtol=0, atol=0)
+    kept = load_file(tmp_path / "whole" / "detector.safetensors")
+    assert all(torch.equal(value, kept[key]) for key, value in plain.detector.module.state_dict().items())
+    record = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert record["summary"]["best"] == {"step": 4, "AP": 0.3}
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["validation"]["AP"]) for x in lines if "validation" in x] == [
+        (2, 0.1),
+        (4, 0.3),
+        (6, 0.2),
+        (8, 0.2),
+    ]
+    assert len(headstart.report([tmp_path / "whole"], tmp_path / "r.html").read_text()) > 1000
+
+    class Killed(Exception):
+        pass
+
+    def killed(detector, data, *rest):
+        if len(scripted.aps) == 1:
+            raise Killed
+        return scripted(detector, data, *rest)
+
+    monkeypatch.setattr(module, "run_detector", killed)
+    scripted.aps = [0.1, 0.3, 0]
+    with pytest.raises(Killed):
+        validated(tmp_path / "cut", scenes, **tune)
+    monkeypatch.setattr(module, "run_detector", scripted)
+    scripted.aps = [0.2, 0.2, 0.3]
+    again = validated(tmp_path / "cut", scenes, resume=True, **tune)
+    assert (again.summary.steps, again.best_step) == (8, 4)
+    same = load_file(tmp_path / "cut" / "detector.safetensors")
+    assert all(torch.equal(value, kept[key]) for key, value in same.items())
+    assert (tmp_path / "cut" / "best_000004.safetensors").is_file()
+
+
+def test_validation_needs_labels_and_patience_validation(scenes, tmp_path):
+    with pytest.raises(SettingsError, match=r"tune\.validate_epochs: needs labels to evaluate on \(--val\)"):
+        headstart.finetune(
+            "scratch", scenes / "train.json", out=tmp_path / "x", settings={"tune.validate_epochs": 1}, show=False
+        )
+    with pytest.raises(SettingsError, match=r"patience: needs tune\.validate_epochs"):
+        validated(tmp_path / "x", scenes, **{"tune.patience": 1})

@@ -9,19 +9,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, create_model
+from pydantic import BaseModel, Field, create_model, model_validator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
+from typing_extensions import Self
 
 from headstart import detectors, distributed, recipes
 from headstart.console import notes
-from headstart.datasets.detection import load_detection_data
+from headstart.datasets.detection import DetectionData, load_detection_data
 from headstart.datasets.splits import choose_labelled, write_split
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
-from headstart.detectors.weights import LoadReport, save_detector, write_plain_code
+from headstart.detectors.weights import LoadReport, read_state, save_detector, write_plain_code
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
 from headstart.errors import DataError, SettingsError
 from headstart.optim import OptimSettings, settle_optim
@@ -55,6 +56,21 @@ class TuneSettings(Settings):
     only: list[str] | None = Field(
         None, description="parts of the detector that are trained, for example [classifier, regressor]; unset: all"
     )
+    validate_epochs: float | None = Field(
+        None,
+        gt=0,
+        description="passes over the labelled images between evaluations on the validation data, the best of which "
+        "decides what is kept; unset: one at the end",
+    )
+    patience: int | None = Field(
+        None, ge=1, description="evaluations in a row without a better AP that end the run; unset: it runs to its end"
+    )
+
+    @model_validator(mode="after")
+    def _patient_with_something(self) -> Self:
+        if self.patience is not None and self.validate_epochs is None:
+            raise ValueError("patience: needs tune.validate_epochs, how often to look")
+        return self
 
 
 def config_type(detector: str = "faster_rcnn") -> type[BaseModel]:
@@ -75,13 +91,17 @@ def config_type(detector: str = "faster_rcnn") -> type[BaseModel]:
 
 @dataclass
 class Finetuned:
-    """What :func:`finetune` returns. ``evaluation`` is None without validation data."""
+    """What :func:`finetune` returns. ``evaluation`` is None without validation data.
+
+    ``best_step``: after which the weights were best, where that was asked for.
+    """
 
     path: Path
     detector: Detector
     summary: Summary
     load_report: LoadReport | None
     evaluation: Evaluation | None
+    best_step: int | None = None
 
 
 class _Supervised(nn.Module):
@@ -142,6 +162,52 @@ class _Labelled:
     def pin_memory(self) -> _Labelled:
         self.images = [image.pin_memory() for image in self.images]
         return self
+
+
+class _Validation:
+    """Evaluates while training goes on, keeps the best weights, and says when to stop (ProSeCo's protocol)."""
+
+    def __init__(self, detector: Detector, data: DetectionData, patience: int | None, run: Path, show: bool) -> None:
+        self.detector, self.data, self.patience, self.run, self.show = detector, data, patience, run, show
+        self.best: float | None = None
+        self.best_step = 0
+        self.since = 0  # evaluations after the best one
+
+    def file(self, step: int) -> Path:
+        return self.run / f"best_{step:06d}.safetensors"
+
+    def __call__(self, done: int) -> tuple[dict[str, Any], bool]:
+        metrics = None
+        if distributed.is_main():
+            device = next(self.detector.parameters()).device
+            metrics = run_detector(self.detector, self.data, 8, device, self.show).metrics["bbox"]
+        metrics = distributed.gather(metrics)[0]
+        ap = metrics["AP"] if metrics["AP"] is not None else 0.0
+        if self.best is None or ap > self.best:
+            self._keep(done)
+            self.best, self.best_step, self.since = ap, done, 0
+        else:
+            self.since += 1
+        return {"validation": {**metrics, "best": self.best}}, self.patience is not None and self.since >= self.patience
+
+    def _keep(self, step: int) -> None:
+        """The last checkpoint still names the best weights until now: they stay, and those before them go."""
+        if not distributed.is_main():
+            return
+        save_detector(self.file(step), self.detector.module.state_dict(), {"kind": "best", "steps": step})
+        for old in self.run.glob("best_*.safetensors"):
+            if old not in (self.file(step), self.file(self.best_step)):
+                old.unlink()
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step, "since": self.since}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state and self.file(state["best_step"]).is_file():
+            self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
+
+    def take_best(self) -> None:
+        self.detector.module.load_state_dict(read_state(self.file(self.best_step)))
 
 
 @dataclass
@@ -274,6 +340,8 @@ def finetune(
     held_out = None
     if val is not None:
         held_out = in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])
+    elif config.tune.validate_epochs is not None:
+        raise SettingsError("tune.validate_epochs: needs labels to evaluate on (--val)")
     ids = choose_labelled(data, labels, config.train.seed)
     chosen = data.subset(ids)
     config.detector.num_classes = len(data.categories)
@@ -328,17 +396,28 @@ def finetune(
                 name_of=[record.file_name for record in chosen.images].__getitem__,
             )
             run = Run.start(out, record, resume)
+            validation = None
+            if held_out is not None and config.tune.validate_epochs is not None:
+                validation = _Validation(wrapped, held_out, config.tune.patience, run.path, show)
+                job.examine_every = max(1, round(config.tune.validate_epochs * job.images / config.train.batch_size))
+                job.examine, job.state, job.restore = validation, validation.state, validation.restore
             if distributed.is_main():
                 write_split(run.path / "labels.json", ids, data, labels, config.train.seed)
             summary = fit(job, config.train, config.optim, run, resume, show)
+            if validation is not None and summary.finished:
+                validation.take_best()
         evaluation = None
+        best_step = None if validation is None else validation.best_step
         if distributed.is_main():
-            run.write(status="finished" if summary.finished else "stopped", summary=summary.as_dict())
+            said_of_best = {} if validation is None else {"best": {"step": best_step, "AP": validation.best}}
+            run.write(
+                status="finished" if summary.finished else "stopped", summary={**summary.as_dict(), **said_of_best}
+            )
             if not summary.finished:
                 notes.print(f"stopped at step {summary.steps}; continue with the same command and --resume")
             else:
                 classes = [category.name for category in data.categories]
-                metadata = {"kind": "finetune", "classes": classes, "steps": summary.steps}
+                metadata = {"kind": "finetune", "classes": classes, "steps": best_step or summary.steps}
                 save_detector(run.path / DETECTOR_FILE, wrapped.module.state_dict(), metadata)
                 write_plain_code(run.path, wrapped, _LOADING.format(file=DETECTOR_FILE, classes=classes))
                 if held_out is not None:
@@ -346,8 +425,11 @@ def finetune(
                         evaluation = run_detector(wrapped, held_out, 8, compute, show)
                     write_evaluation(evaluation, run.path / "eval.json")
                 if show:
+                    if validation is not None and validation.best is not None:
+                        early = f"; stopped at {summary.steps}" if summary.steps < config.train.max_steps else ""
+                        notes.print(f"Best on validation: AP {100 * validation.best:.1f} after step {best_step}{early}")
                     notes.print(f"Weights: {run.path / DETECTOR_FILE}")
-    return Finetuned(out, wrapped, summary, report, evaluation)
+    return Finetuned(out, wrapped, summary, report, evaluation, best_step)
 
 
 def settle(config: Any, detector: Detector, n_images: int, device: torch.device) -> list[str]:

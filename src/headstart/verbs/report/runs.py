@@ -218,6 +218,8 @@ def _read_log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
                 continue
             try:
                 entry = json.loads(line)
+                if "validation" in entry:
+                    continue  # stands beside the step's own line
                 by_step[int(entry["step"])] = entry
             except (ValueError, TypeError, KeyError):
                 unreadable += 1
