@@ -72,7 +72,7 @@ def of_photo(photo: Path, side: int, options: argparse.Namespace) -> np.ndarray:
         features_px=16 * side,
         features_stride=16,
     )
-    image = cv2.resize(decode(photo.read_bytes()), (16 * side, 16 * side))
+    image = cv2.resize(decode(photo), (16 * side, 16 * side))
     return centred(Attention(settings).features(image)).reshape(side * side, -1)
 
 
