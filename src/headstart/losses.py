@@ -28,8 +28,8 @@ from torch.autograd.function import once_differentiable
 from headstart import boxes as geometry
 from headstart import distributed
 
-# Entries of a block: on CPU what its caches hold, elsewhere enough to keep a GPU busy (64 MiB a matrix in float32).
-CPU_BLOCK, GPU_BLOCK = 2**20, 2**24
+# Entries of a block: on CPU what its caches hold, elsewhere enough to keep a GPU busy (32 MiB a matrix in float32).
+CPU_BLOCK, GPU_BLOCK = 2**20, 2**23
 
 
 def loc_sce(
