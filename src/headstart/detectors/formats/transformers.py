@@ -65,6 +65,10 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
         raise SettingsError(
             f"--to {NAME}: no weights of a DETR or Deformable DETR, the detectors it has in common with us"
         )
+    if "transformer.encoder.norm.weight" in state:
+        raise SettingsError(
+            f"--to {NAME}: its DETR has the norms after each layer, this one before (detector.pre_norm)"
+        )
     check_backbone(backbone)
     counters = [key for key in state if key.endswith(COUNTER)]
     kept = {key: value for key, value in state.items() if not key.endswith(COUNTER)}
@@ -206,10 +210,6 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     kind = str(settings["name"])
     if kind not in MODELS:
         raise SettingsError(f"--to {NAME}: has no {kind}; it goes for {' and '.join(MODELS)}")
-    if settings.get("pre_norm"):
-        raise SettingsError(
-            f"--to {NAME}: its DETR has the norms after each layer, this one before (detector.pre_norm)"
-        )
     config: dict[str, Any] = {
         "architectures": [MODELS[kind]],
         "model_type": kind,
@@ -237,6 +237,11 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
     }
     if kind == "deformable_detr":
         check_width(settings["width"])
+        if settings["decoder_layers"] == 1 and not settings["two_stage"]:
+            raise SettingsError(
+                f"--to {NAME}: its version 5 can't build a Deformable DETR of one decoder layer, since it looks for "
+                "further heads to tie; expected detector.decoder_layers of 2 or more, or two_stage"
+            )
         config |= {
             "num_feature_levels": settings["levels"],
             "encoder_n_points": settings["points"],
@@ -340,8 +345,8 @@ def facts(backbone: str) -> Facts:
         return Facts((), f"timm offers no feature maps of it ({error})")
     norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     reason = ""
-    if getattr(net, "output_fmt", "NCHW") != "NCHW":
-        reason = f"its maps are {net.output_fmt}, which they take as they are"
+    if getattr(net, "output_fmt", "NCHW") == "NHWC":
+        reason = "its maps have their channels last, and they are taken as they are"
     elif hasattr(getattr(net, "patch_embed", None), "img_size") or hasattr(net, "model"):
         reason = "it is built for images of one size"
     elif any(type(norm) is not nn.BatchNorm2d for norm in norms):
