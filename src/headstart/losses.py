@@ -15,6 +15,9 @@ Where the printed equations are not followed:
   itself, and so does this.
 * Eq. 9 with delta = 1 would make positives of boxes that happen to be equal, and none of an empty box. Here an object
   is always its own positive, and with delta = 1 nothing else is, so that SCE comes out to the last bit.
+
+What is kept as printed: the wanted similarities of Eq. 9 do not sum to 1. An object with P positives weighs about P
+times as much, and the loss rises as boxes begin to overlap; it is no measure of progress across that.
 """
 
 from __future__ import annotations

@@ -272,6 +272,7 @@ class ProSeCo(Method[ProSeCoSettings]):
         """``embedding_std``: spread of the teacher's embeddings, 1 when spread evenly, 0 when collapsed.
 
         ``positives``: other boxes of the teacher that overlap one of its own enough, of an image's N - 1 on average;
+        the contrast is a sum over them, and rises with them;
         ``found``: share of the sampled boxes that one of the teacher's overlaps by an IoU of 0.5 or more.
         """
         z, boxes = targets.z[-1], xyxy(targets.boxes_cxcywh[-1])
