@@ -1,11 +1,13 @@
 """Few labels: every way of starting, on the same images, labels, seeds and schedule.
 
     HEADSTART_DATA=DATA python benchmarks/few_labels.py --out runs/few_labels [--unlabelled DATA/coco6k/images]
+    python benchmarks/few_labels.py --data scenes --out runs/scenes --families deformable_detr --labels 25
 
 Data: ``DATA/bccd`` (https://github.com/Shenggan/BCCD_Dataset, MIT) as COCO JSON: ``train.json``, ``val.json`` and
-``images/``. Pretraining sees the photos of ``train.json`` without their labels, or all of ``--unlabelled``. Then every
-start is fine-tuned with 10 and 25 labelled images of ``train.json``, three seeds each; a seed draws the images,
-and all starts see the same ones. Prints a Markdown table of AP and AP50 on ``val.json``, mean ± standard deviation.
+``images/``; or scenes that are generated, 1000 without labels. Pretraining sees the photos of ``train.json`` without
+their labels (of scenes: the 1000), or all of ``--unlabelled``. Then every start is fine-tuned with 10 and 25 labelled
+images of ``train.json``, three seeds each; a seed draws the images, and all starts see the same ones. Prints a Markdown
+table of AP and AP50 on ``val.json``, mean ± standard deviation.
 
 Runs that are finished are not repeated, a killed call goes on. Each uses one thread; ``--jobs`` of them work at once.
 """
@@ -61,10 +63,25 @@ STARTS = [
     Start("scratch", "fcos", "small_cpu_fcos"),
     Start("SoCo's backbone and FPN", "fcos", "small_cpu_fcos", "soco"),
     Start("AlignDet on SoCo", "fcos", "small_cpu_fcos", "aligndet-fcos", "aligndet", "soco", 250),
+    Start("scratch", "deformable_detr", "small_cpu_deformable_detr"),
+    Start("SoCo's backbone", "deformable_detr", "small_cpu_deformable_detr", "soco"),
+    Start("DETReg on SoCo", "deformable_detr", "small_cpu_detreg", "detreg", "detreg", "soco", 300),
+    Start("ProSeCo on SoCo", "deformable_detr", "small_cpu_deformable_detr", "proseco", "proseco", "soco", 300),
+    Start("JoinDet on SoCo", "deformable_detr", "small_cpu_joindet", "joindet", "joindet", "soco", 300),
+    Start(
+        "AlignDet on SoCo",
+        "deformable_detr",
+        "small_cpu_aligndet_deformable_detr",
+        "aligndet-deformable_detr",
+        "aligndet",
+        "soco",
+        300,
+    ),
 ]
+SCENES_PX = {"detector.short_side_px": 64, "detector.long_side_px": 64}  # as large as they are drawn
 
 
-def pretrain(start: Start, photos: Path, out: Path, boxes: Path) -> str:
+def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str, int]) -> str:
     import torch
 
     import headstart
@@ -82,14 +99,16 @@ def pretrain(start: Start, photos: Path, out: Path, boxes: Path) -> str:
         proposals=boxes,
         recipe=start.recipe,
         max_steps=start.steps,
-        settings={"train.workers": 1, **start.settings},
+        settings={"train.workers": 1, **sizes, **start.settings},
         resume=(run / "run.json").exists(),
         show=False,
     )
     return start.run
 
 
-def finetune(start: Start, data: Path, out: Path, labels: int, seed: int, steps: int) -> tuple[Path, dict[str, float]]:
+def finetune(
+    start: Start, data: Path, out: Path, labels: int, seed: int, steps: int, sizes: dict[str, int]
+) -> tuple[Path, dict[str, float]]:
     import torch
 
     import headstart
@@ -107,7 +126,7 @@ def finetune(start: Start, data: Path, out: Path, labels: int, seed: int, steps:
             recipe=start.recipe,
             max_steps=steps,
             seed=seed,
-            settings={"train.workers": 0},
+            settings={"train.workers": 0, **sizes},
             resume=(run / "run.json").exists(),
             show=False,
         )
@@ -140,6 +159,14 @@ def photos_of(data: Path, out: Path) -> Path:
     return folder
 
 
+def scenes(folder: Path) -> Path:
+    import headstart.datasets.scenes
+
+    if not (folder / "val.json").exists():
+        headstart.datasets.scenes.make_scenes(folder, unlabelled=1000, train=64, val=100, size_px=64)
+    return folder
+
+
 def table(starts: list[Start], out: Path, budgets: list[int], seeds: list[int], steps: int) -> str:
     lines = ["| detector | labelled images | start | AP | AP50 |", "|---|---|---|---|---|"]
     for family in dict.fromkeys(start.family for start in starts):
@@ -159,22 +186,33 @@ def table(starts: list[Start], out: Path, budgets: list[int], seeds: list[int], 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--data", choices=["bccd", "scenes"], default="bccd")
     parser.add_argument("--unlabelled", type=Path, help="other photos to pretrain on (default: those of train.json)")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150, help="fine-tuning steps (default: 150)")
-    parser.add_argument("--families", nargs="+", default=["faster_rcnn", "retinanet", "fcos"])
+    parser.add_argument(
+        "--families",
+        nargs="+",
+        default=["faster_rcnn", "retinanet", "fcos"],
+        choices=list(dict.fromkeys(s.family for s in STARTS)),
+    )
     parser.add_argument("--pretrain-steps", type=int, help="steps of pretraining (default: each start's own)")
     parser.add_argument(
         "--only", nargs="+", choices=list(dict.fromkeys(s.run for s in STARTS)), help="these starts alone"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at once, one thread each")
     options = parser.parse_args()
-    if "HEADSTART_DATA" not in os.environ:
+    out, sizes = options.out, {}
+    if options.data == "scenes":
+        data, sizes = scenes(out / "scenes"), SCENES_PX
+        photos = options.unlabelled or data / "unlabelled"
+    elif "HEADSTART_DATA" in os.environ:
+        data = Path(os.environ["HEADSTART_DATA"]) / "bccd"
+        photos = options.unlabelled or photos_of(data, out)
+    else:
         print("HEADSTART_DATA is not set: the folder that holds bccd/")
         return 2
-    data, out = Path(os.environ["HEADSTART_DATA"]) / "bccd", options.out
-    photos = options.unlabelled or photos_of(data, out)
     starts = [s for s in STARTS if s.family in options.families and (not options.only or s.run in options.only)]
     made = [replace(s, steps=options.pretrain_steps or s.steps) for s in STARTS if s.method]
 
@@ -188,14 +226,14 @@ def main() -> int:
         wanted = {start.run for start in starts} | {needed[s.run].after for s in starts if s.run in needed}
         for after in (False, True):  # first what starts from nothing
             making = [
-                pool.submit(pretrain, start, photos, out, boxes)
+                pool.submit(pretrain, start, photos, out, boxes, sizes)
                 for run, start in needed.items()
                 if run in wanted and bool(start.after) == after
             ]
             for done in as_completed(making):
                 print(f"pretrained: {done.result()}", flush=True)
         tuning = [
-            pool.submit(finetune, start, data, out, labels, seed, options.steps)
+            pool.submit(finetune, start, data, out, labels, seed, options.steps, sizes)
             for seed in options.seeds
             for labels in options.labels
             for start in starts

@@ -527,3 +527,59 @@ def test_worker_init_leaves_opencv_one_thread_and_views_need_no_torch() -> None:
         "assert cv2.getNumThreads() == 1, cv2.getNumThreads(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ------------------------------------------------------------------------------------------------ sizes, as DETR has them
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "long", "wanted"),
+    [((60, 80), 30, None, (30, 40)), ((80, 60), 30, None, (40, 30)), ((40, 160), 80, 100, (25, 100))],
+)
+def test_resize_short_keeps_the_shape(size, short, long, wanted):
+    view = random_view(0, height=size[0], width=size[1])
+    resized = views.resize_short(view, short, long)
+    assert resized.size == wanted
+    factor = np.array([wanted[1] / size[1], wanted[0] / size[0]] * 2, np.float32)
+    np.testing.assert_allclose(resized.boxes, view.boxes * factor, atol=1e-3)
+    assert resized.ids.tolist() == view.ids.tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_size_crop_is_a_piece_of_the_image(seed):
+    view = random_view(seed)
+    cropped = views.random_size_crop(view, 20, 50, np.random.default_rng(seed))
+    height, width = cropped.size
+    assert 20 <= height <= 50
+    assert 20 <= width <= 50
+    places = [
+        (y, x)
+        for y in range(view.size[0] - height + 1)
+        for x in range(view.size[1] - width + 1)
+        if np.array_equal(view.image[y : y + height, x : x + width], cropped.image)
+    ]
+    assert len(places) == 1
+    ((y, x),) = places
+    moved = view.boxes - np.array([x, y, x, y], np.float32)
+    np.testing.assert_allclose(cropped.boxes, moved.clip(0, [width, height, width, height]), atol=1e-4)
+
+
+def test_random_size_crop_of_a_small_image_is_all_of_it():
+    view = random_view(0, height=12, width=15)
+    cropped = views.random_size_crop(view, 20, 50, np.random.default_rng(0))
+    assert np.array_equal(cropped.image, view.image)
+
+
+def test_jitter_scale_cuts_what_is_larger_than_the_canvas_and_pads_nothing():
+    view = random_view(1)
+    sizes = set()
+    for seed in range(40):
+        jittered = views.jitter_scale(view, (0.25, 2.0), 64, np.random.default_rng(seed))
+        assert max(jittered.size) <= 64
+        assert (jittered.boxes >= 0).all()
+        assert (jittered.boxes <= 64).all()
+        sizes.add(jittered.size)
+    assert min(min(size) for size in sizes) < 24  # scaled down, and left so
+    assert (64, 64) in sizes  # scaled up, and cut
+    same = views.jitter_scale(view, (1.0, 1.0), 83, np.random.default_rng(0))
+    np.testing.assert_allclose(same.boxes, view.boxes, atol=1e-3)
