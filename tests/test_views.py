@@ -529,7 +529,7 @@ def test_worker_init_leaves_opencv_one_thread_and_views_need_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ------------------------------------------------------------------------------------------------ sizes, as DETR has them
+# -------------------------------------------------------------------------------------------- sizes, as DETR has them
 
 
 @pytest.mark.parametrize(
