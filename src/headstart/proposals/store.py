@@ -226,6 +226,11 @@ class ProposalStore:
         offsets = self._offsets[chunk]
         return self._values[chunk][offsets[place] : offsets[place + 1]]
 
+    def usable(self, row: int) -> int | None:
+        """The usable image that a row of the file is; None: none."""
+        i = int(np.searchsorted(self._rows, row))
+        return i if i < len(self._rows) and self._rows[i] == row else None
+
     def size(self, i: int) -> tuple[int, int]:
         """(width, height) of the upright original, px."""
         chunk, place = self._place(i)
@@ -295,7 +300,8 @@ def schema_for(metadata: dict[str, Any]) -> pa.Schema:
 
 def metadata_of(path: Path, schema: pa.Schema) -> dict[str, Any]:
     metadata = _parsed((schema.metadata or {}).get(METADATA_KEY, b""))
-    if not isinstance(metadata, dict) or "settings" not in metadata or not schema.equals(COLUMNS):
+    first = pa.schema(list(schema)[: len(COLUMNS)])  # a detector's own boxes have scores besides
+    if not isinstance(metadata, dict) or "settings" not in metadata or not first.equals(COLUMNS):
         raise DataError(
             f"{path}: a Parquet file, but not one that `headstart propose` wrote (columns: "
             f"{', '.join(schema.names[:8])}); expected {', '.join(COLUMNS.names)}"

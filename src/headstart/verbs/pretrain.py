@@ -32,6 +32,7 @@ from headstart.proposals.store import ProposalStore
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import flatten, merge, parse_assignments, validate
 from headstart.verbs.propose import propose
+from headstart.verbs.refresh import Refresh
 from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
 CPU_MEMORY_GIB = 8  # where there is no GPU: a share of what such machines have
@@ -164,6 +165,19 @@ class _FromFile:
 
 
 @dataclass
+class _FromDetector:
+    """The same, where the file has a row for each image of the run, readable or not."""
+
+    store: ProposalStore
+
+    def __call__(self, index: int) -> tuple[np.ndarray, int]:
+        usable = self.store.usable(index)
+        if usable is None:
+            return np.zeros((0, 4), np.float32), 1
+        return self.store.boxes(usable), self.store.size(usable)[0]
+
+
+@dataclass
 class _OnTheFly:
     """The same boxes as :class:`_FromFile`, found when asked for (DETReg). They are not kept: an image is searched
     again in each epoch, and gets the same boxes again."""
@@ -193,6 +207,10 @@ class _Loader:
     usable: ProposalStore | None  # index counts its images, where there is one
     method: Method
     boxes_of: Callable[[int], tuple[np.ndarray, int]] | None
+
+    def use(self, store: ProposalStore) -> None:
+        """Boxes of all images, from now on."""
+        self.boxes_of = _FromDetector(store)
 
     def name_of(self, index: int) -> str:
         return (self.images.names if self.usable is None else self.usable.images)[index]
@@ -316,8 +334,10 @@ def pretrain(
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"
-        on_the_fly = pretraining_method.needs_proposals and str(file).replace("_", "-") == ON_THE_FLY
-        source: dict[str, Any] = {"proposals": str(file) if pretraining_method.needs_proposals else None}
+        own = pretraining_method.refresh_epochs
+        given_boxes = pretraining_method.needs_proposals and own is None
+        on_the_fly = given_boxes and str(file).replace("_", "-") == ON_THE_FLY
+        source: dict[str, Any] = {"proposals": str(file) if given_boxes else None}
         if on_the_fly:
             # Made here first: what is wrong with the engine is said once, not by every worker.
             engine = make_engine(config.proposals)
@@ -347,7 +367,7 @@ def pretrain(
         boxes_of: Callable[[int], tuple[np.ndarray, int]] | None = None
         if on_the_fly:
             boxes_of = _OnTheFly(found, Finder(config.proposals))
-        elif pretraining_method.needs_proposals:
+        elif given_boxes:
             store = _proposals(found, file, config.proposals, run.path / CACHE, show)
             boxes_of = _FromFile(store)
         load = _Loader(found, store, pretraining_method, boxes_of)
@@ -364,6 +384,19 @@ def pretrain(
                 watch=model.watch,
                 warn=pretraining_method.warnings,
             )
+            if own is not None:
+                job.renew_every = max(1, round(own * job.images / config.train.batch_size))
+                job.renew = Refresh(
+                    pretraining_method,
+                    model.student,
+                    found,
+                    job.renew_every,
+                    run.path,
+                    run.path / CACHE,
+                    config.train,
+                    load.use,
+                    show,
+                )
             summary = fit(job, config.train, config.optim, run, resume, show)
             model.hand_over()
             if summary.finished:
