@@ -462,7 +462,7 @@ def test_both_views_share_their_geometry_and_not_their_colours(photo):
 @pytest.mark.parametrize(("scale", "low", "high", "long"), [("large", 480, 800, 1333), ("mid", 320, 480, 600)])
 def test_sizes_are_those_of_table_4(scale, low, high, long):
     """At the paper's own size: one of the range, but where the longest side is reached first."""
-    method = proseco(detector(), short_side_px=800, scale=scale)
+    method = proseco(detector(), short_side_px=800, view_scale=scale)
     step = {"large": 32, "mid": 16}[scale]
     photo = np.zeros((240, 320, 3), np.uint8)
     for seed in range(20):

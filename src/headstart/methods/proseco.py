@@ -10,7 +10,7 @@ the student's are told apart by them; where things are, both learn from Selectiv
     Eq. 3, 4          SetLoss.match, by boxes alone
     Eq. 5             ProSeCo.loss
     Eq. 6-12          losses.loc_sce
-    Table 2b, 6       delta, loss          Table 3    train.batch_size, scale, tau_t, keep_rate
+    Table 2b, 6       delta, loss          Table 3    train.batch_size, view_scale, tau_t, keep_rate
     Table 2a          --start              Table 9    the detector's number of queries
 
 Written against what a detector can do (``query``), for any detector whose queries answer with boxes.
@@ -25,7 +25,7 @@ Where this file differs from the paper, or fills a gap:
   contrast after the last (``contrast_layers``). The teacher has its dropout off. The learning rate never drops, as in
   DETReg's pretraining of the same length. The student is what is kept.
 * Sizes are the paper's in proportion to the detector's own input, whose short side stands for the paper's 800 px. The
-  longest side, unstated, is DETR's 1333, and 600 with ``scale="mid"``, as in the works that range is taken from.
+  longest side, unstated, is DETR's 1333, and 600 with ``view_scale="mid"``, as in the works that range is taken from.
 * A two-stage detector, which the paper does not have, learns its first stage from the same boxes, by its own set loss
   with a single class: nothing else would train what picks the queries.
 * ``keep_rate`` is the paper's .999 for runs of 10 000 steps or more; shorter ones get less, see ``settle``.
@@ -86,7 +86,7 @@ class ProSeCoSettings(Settings):
         None, ge=0, le=1, description="EMA momentum of the teacher (paper: 0.999). Unset: from the number of steps"
     )
     K: int = Field(30, ge=1, description="proposals an image, drawn at random among those in the view")
-    scale: Literal["mid", "large"] = Field(
+    view_scale: Literal["mid", "large"] = Field(
         "large", description="sizes of the views: 480 to 800 px (large), or 320 to 480"
     )
     short_side_px: int | None = Field(
@@ -152,7 +152,7 @@ class ProSeCo(Method[ProSeCoSettings]):
 
     @property
     def decode_px(self) -> int:
-        return self.px(max(*SCALES[self.settings.scale], *BEFORE_CROP_PX))
+        return self.px(max(*SCALES[self.settings.view_scale], *BEFORE_CROP_PX))
 
     @property
     def needs_proposals(self) -> bool:
@@ -180,7 +180,7 @@ class ProSeCo(Method[ProSeCoSettings]):
         return [weak, View(self.photometric(weak.image, rng), weak.boxes, weak.ids)]
 
     def weak(self, view: View, rng: np.random.Generator) -> View:
-        scale = self.settings.scale
+        scale = self.settings.view_scale
         if rng.random() < 0.5:
             view = hflip(view)
         if rng.random() < 0.5:
