@@ -23,7 +23,7 @@ README = Path(__file__).parents[1] / "README.md"
 PYRAMID = {"backbone": "resnet18", "fpn_channels": 8, "short_side_px": 64, "long_side_px": 96}
 REGIONS = {"head_width": 16, "rois_train": 16, "proposals_train": 32, "proposals_test": 16}
 ANCHORS = {"anchor_px": [8, 16, 32, 64, 96]}
-QUERIES = {"backbone": "resnet18", "num_queries": 12, "width": 32, "heads": 4, "feedforward": 32, "dropout": 0.0}
+QUERIES = {"backbone": "resnet18", "num_queries": 12, "width": 64, "heads": 4, "feedforward": 32, "dropout": 0.0}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "short_side_px": 64, "long_side_px": 96}
 DETECTORS = {
     "faster_rcnn": PYRAMID | REGIONS | ANCHORS,
