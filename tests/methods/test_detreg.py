@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from headstart import detectors
+from headstart.detectors.set_loss import Objects
 from headstart.errors import SettingsError
 from headstart.methods import crops
 from headstart.methods.detreg import DETReg, DETRegSettings
 from headstart.methods.method import collate_views
-from headstart.methods.query_method import detr_crop
+from headstart.methods.query_method import Answered, detr_crop
 from headstart.verbs.pretrain import Pretraining
 from headstart.views import View
 
@@ -358,6 +359,19 @@ def test_watch_against_loops(photo):
     assert watched["spread"] > 0
 
 
+def test_watch_by_hand():
+    """Two objects, found by the surest and the third surest query: one of the two surest is right."""
+    method = DETReg(DETRegSettings())
+    wanted = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]])  # the left half, the right half
+    found = torch.stack([wanted[0], torch.zeros(4), torch.tensor([0.75, 0.25, 0.5, 0.5]), torch.zeros(4)])[None]
+    matches = torch.tensor([0, 0]), torch.tensor([0, 2]), torch.tensor([0, 1])
+    objects = Objects([wanted], [torch.ones(2, dtype=torch.int64)])
+    scores, described = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0], [1.0, 4.0]])
+    method._answered = Answered(scores, found, matches, objects, described)
+    expected = {"objects": 2.0, "matched_iou": 0.75, "foreground": 0.5, "spread": round(2**0.5 / 2 / 2, 4)}
+    assert method.watch([], None) == expected
+
+
 def test_crops_that_look_alike_are_warned_of():
     method = DETReg(DETRegSettings())
     assert method.warnings({}) is None
@@ -401,5 +415,5 @@ def test_a_random_backbone_and_a_detector_without_queries_are_refused(tmp_path, 
 
 
 def test_a_map_the_backbone_does_not_have_is_refused():
-    with pytest.raises(SettingsError, match="stride 64"):
+    with pytest.raises(SettingsError, match=r"method.stage=6: .*stride 64"):
         detreg(detector(), stage=6)

@@ -18,6 +18,7 @@ from typing_extensions import Self
 from headstart import boxes as geometry
 from headstart.detectors.detector import Ability, Detector, Queries, Target
 from headstart.detectors.set_loss import Objects, SetLoss
+from headstart.errors import SettingsError
 from headstart.matching import Matches, padded, xyxy
 from headstart.methods import crops
 from headstart.methods.method import Method, Net, ViewBatch
@@ -101,7 +102,10 @@ class QueryMethod(Method[Q]):
 
     def settle(self, detector: Detector, total_steps: int) -> list[str]:
         s, notes = self.settings, []
-        detector.stage_width(s.stage)  # is there such a map?
+        try:
+            detector.stage_width(s.stage)
+        except SettingsError as error:
+            raise SettingsError(f"method.stage={s.stage}: {error}") from None
         if s.short_side_px is None:
             s.short_side_px = view_px(detector)
             low, high = s.short_side_px
