@@ -66,7 +66,7 @@ class Levels(NamedTuple):
         return centres / self.ratios.repeat_interleave(cells, dim=1, output_size=len(centres))
 
 
-def channels_first(layer: nn.Linear, x: Tensor) -> Tensor:
+def head_major(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer(x)`` (B, S, D), as (B, D', S): a head's channels in a row, which spares a copy of all of them."""
     return torch.baddbmm(layer.bias[:, None], layer.weight.expand(len(x), -1, -1), x.mT)
 
@@ -104,13 +104,13 @@ class DeformableAttention(nn.Module):
                 half sides of boxes over the number of points.
             memory: (B, S, D).
         """
-        values = channels_first(self.value_proj, memory)
+        values = head_major(self.value_proj, memory)
         if levels.padding is not None:
             values = values.masked_fill(levels.padding[:, None], 0.0)
         values = values.unflatten(1, (self.heads, -1)).flatten(0, 1)
         shape = (self.heads, self.levels, self.points)
-        offsets = channels_first(self.sampling_offsets, query).unflatten(1, (*shape, 2)).float()
-        weights = channels_first(self.attention_weights, query).unflatten(1, (self.heads, -1)).softmax(dim=2)
+        offsets = head_major(self.sampling_offsets, query).unflatten(1, (*shape, 2)).float()
+        weights = head_major(self.attention_weights, query).unflatten(1, (self.heads, -1)).softmax(dim=2)
         weights = weights.unflatten(2, shape[1:]).flatten(0, 1)
 
         # grid_sample counts from -1 to 1: places are 2 * (reference + offset) - 1.
