@@ -207,10 +207,10 @@ class DeformableDETR(QueryDetector):
         heads = len(transformer.decoder.layers) if refine else 1
         self.class_embed = nn.ModuleList(class_head(width, num_classes) for _ in range(heads))
         start = 0.0 if two_stage else -2.0  # a box begins as its proposal, or an eighth of the image wide
-        self.bbox_embed = nn.ModuleList(box_head(width, start if i == 0 else 0.0) for i in range(heads))
+        self.bbox_embed = nn.ModuleList(box_mlp(width, start if i == 0 else 0.0) for i in range(heads))
         if two_stage:
             self.enc_class_embed = class_head(width, 1)
-            self.enc_bbox_embed = box_head(width, 0.0)
+            self.enc_bbox_embed = box_mlp(width, 0.0)
         else:
             self.query_embed = nn.Embedding(num_queries, 2 * width)
 
@@ -335,7 +335,7 @@ def class_head(width: int, classes: int) -> nn.Linear:
     return layer
 
 
-def box_head(width: int, start: float) -> MLP:
+def box_mlp(width: int, start: float) -> MLP:
     """Begins without moving anything; ``start``: of width and height, before the sigmoid."""
     head = MLP(width, width, width, 4)
     last = head.layers[-1]
