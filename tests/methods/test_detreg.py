@@ -101,8 +101,9 @@ def plain_matching(scores, found, wanted, kind):
 
 
 def plain_loss(logits, boxes, objects, kind):
-    """(L, B, N, C), (L, B, N, 4) and per image [(cx, cy, w, h)] -> terms, and the last layer's matching, by loops."""
+    """(L, B, N, C), (L, B, N, 4) and per image [(cx, cy, w, h)] -> terms, and each layer's matching, by loops."""
     terms, total = {"class": 0.0, "l1": 0.0, "giou": 0.0}, sum(len(of_image) for of_image in objects)
+    layers = []
     for layer_logits, layer_boxes in zip(logits, boxes, strict=True):
         entropies, weights, ways = 0.0, 0.0, []
         for scores, found, wanted in zip(layer_logits, layer_boxes, objects, strict=True):
@@ -119,7 +120,8 @@ def plain_loss(logits, boxes, objects, kind):
                 terms["l1"] += 5 * np.abs(found[query] - wanted[object_]).sum() / total
                 terms["giou"] += 2 * (1 - plain_giou(found[query], wanted[object_])) / total
         terms["class"] += entropies / weights if weights else 0.0
-    return terms, ways
+        layers.append(ways)
+    return terms, layers
 
 
 def shares(view):
@@ -137,6 +139,7 @@ def test_every_term_is_the_papers(family, photo):
     wrapped = detector(family)
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).eval()
+    torch.nn.init.normal_(model.student.heads["f_cls"].weight, std=3.0)  # each layer has matches of its own
     views = batch(method, photo)
     (view,) = views
     assert len({tuple(size) for size in view.sizes.tolist()}) == 2
@@ -146,10 +149,11 @@ def test_every_term_is_the_papers(family, photo):
         heads = model.student.heads
         logits = heads["f_cls"](answers.hidden).double().numpy()
         kind = wrapped.set_loss.kind
-        expected, ways = plain_loss(logits, answers.boxes_cxcywh.double().numpy(), shares(view), kind)
+        expected, layers = plain_loss(logits, answers.boxes_cxcywh.double().numpy(), shares(view), kind)
+        assert layers[0] != layers[-1]
         # The embedding: mean absolute difference, on the last layer's matched queries alone.
         differences = []
-        for i, way in enumerate(ways):
+        for i, way in enumerate(layers[-1]):
             for box, query in enumerate(way):
                 z = crops.describe(wrapped, view.images[i : i + 1], [view.boxes[i, box : box + 1]], stage=3, px=32)[0]
                 differences.append((heads["f_emb"](answers.hidden[-1, i, query]) - z).abs().mean().item())
