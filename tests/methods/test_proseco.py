@@ -470,7 +470,7 @@ def test_sizes_are_those_of_table_4(scale, low, high, long):
         assert max(height, width) <= long
         short = min(height, width)
         assert max(height, width) == long or (low <= short <= high and (short - low) % step == 0)
-    assert method.decode_px == max(high, 600)
+    assert method.decode_px == high
 
 
 def test_smaller_detectors_get_smaller_views_in_proportion():
@@ -537,6 +537,8 @@ def test_numbers_of_the_paper():
     assert ProSeCo.detector == "deformable_detr"
     advised = method.optimizer(wrapped, 64)
     assert (advised.optimizer, advised.base_lr, advised.base_batch) == ("adamw", 2e-4, 64)
+    assert advised.lr_scale == {"sampling_offsets": 0.1, "reference_points": 0.1}
+    assert method.optimizer(wrapped, 8).base_batch == 8
     assert (advised.weight_decay, advised.clip, advised.schedule) == (1e-4, 0.1, "constant")
     projector = method.heads(wrapped)["projector"]
     assert [tuple(p.shape) for p in projector.parameters()] == [(4096, 16), (4096,), (256, 4096), (256,)]

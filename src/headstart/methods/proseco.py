@@ -23,7 +23,8 @@ Where this file differs from the paper, or fills a gap:
   Eq. 5 are as many as there are where an image has fewer than K.
 * Unstated: box losses are taken after every decoder layer, each with its own matching, as the detectors do; the
   contrast after the last (``contrast_layers``). The teacher has its dropout off. The learning rate never drops, as in
-  DETReg's pretraining of the same length. The student is what is kept.
+  DETReg's on ImageNet, and is the paper's at any batch size. The student is what is kept.
+* The crop is cut from the image itself, not from one resized to a short side of 400, 500 or 600 px before.
 * Sizes are the paper's in proportion to the detector's own input, whose short side stands for the paper's 800 px. The
   longest side, unstated, is DETR's 1333, and 600 with ``view_scale="mid"``, as in the works that range is taken from.
 * A two-stage detector, which the paper does not have, learns its first stage from the same boxes, by its own set loss
@@ -51,14 +52,14 @@ from headstart.detectors.set_loss import Objects, objects_in_all
 from headstart.losses import loc_sce
 from headstart.matching import giou_cost, hungarian, l1_cost, similarity_cost, xyxy
 from headstart.methods.method import Method, Net, ViewBatch
+from headstart.methods.query_method import detr_crop
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
-from headstart.views import Photometric, View, hflip, random_size_crop, resize_short, visible
+from headstart.views import Photometric, View, hflip, resize_short, visible
 
 SHORT_PX = 800  # the short side that the paper's sizes belong to
 SCALES = {"mid": range(320, 481, 16), "large": range(480, 801, 32)}  # short sides, px
 LONG_PX = {"mid": 600, "large": 1333}
-BEFORE_CROP_PX, CROP_PX = (400, 500, 600), (384, 600)
 PAPER_KEEP_RATE = 0.999
 FOUND_IOU = 0.5  # of a sampled box with a teacher's, for the log
 
@@ -117,6 +118,7 @@ class ProSeCo(Method[ProSeCoSettings]):
     paper = "https://arxiv.org/abs/2310.16835"
     epochs = 10
     detector = "deformable_detr"
+    multiple_px = 32  # as in the detectors' own batches
     needs: ClassVar[Mapping[Ability, str]] = {"query": "trains on what a detector's queries answer"}
 
     def __init__(self, settings: ProSeCoSettings) -> None:
@@ -137,8 +139,11 @@ class ProSeCo(Method[ProSeCoSettings]):
         return [f"keep_rate = {s.keep_rate:.3f}: for {total_steps} steps (paper: {PAPER_KEEP_RATE} for 187 000)"]
 
     def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
-        """As the detector is fine-tuned, but for a batch of 64, and without a drop."""
-        return detector.tuning().model_copy(update={"base_batch": 64, "schedule": "constant", "warmup_steps": 0})
+        """As the detector is fine-tuned, at its rate whatever the batch: Adam's steps do not grow with it."""
+        tuning = detector.tuning()
+        factors = {name: factor for name, factor in (tuning.lr_scale or {}).items() if name != "backbone"}
+        changed = {"base_batch": batch_size, "schedule": "constant", "warmup_steps": 0, "lr_scale": factors}
+        return tuning.model_copy(update=changed)
 
     def batch_size(self, detector: Detector, memory_gib: float) -> int:
         """At most the paper's 64; about 5 GiB hold an image of 800 x 1333 px, and smaller ones in proportion."""
@@ -152,7 +157,7 @@ class ProSeCo(Method[ProSeCoSettings]):
 
     @property
     def decode_px(self) -> int:
-        return self.px(max(*SCALES[self.settings.view_scale], *BEFORE_CROP_PX))
+        return self.px(max(SCALES[self.settings.view_scale]))
 
     @property
     def needs_proposals(self) -> bool:
@@ -184,8 +189,7 @@ class ProSeCo(Method[ProSeCoSettings]):
         if rng.random() < 0.5:
             view = hflip(view)
         if rng.random() < 0.5:
-            view = resize_short(view, self.px(int(rng.choice(BEFORE_CROP_PX))))
-            view = random_size_crop(view, self.px(CROP_PX[0]), self.px(CROP_PX[1]), rng)
+            view = detr_crop(view, rng)
         return resize_short(view, self.px(int(rng.choice(SCALES[scale]))), self.px(LONG_PX[scale]))
 
     # ---- section 3.2 ------------------------------------------------------------------------------------------
