@@ -230,6 +230,79 @@ def test_aligndet_schedules():
     assert (composite.name, composite.backbone, composite.composite) == ("cascade_rcnn", "swin_l", 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "pretrained", "epochs", "dropped", "examined"),
+    [
+        ("proseco_table1_minicoco_1", 10, 2000, 0.8, 50),
+        ("proseco_table1_minicoco_5", 10, 500, 0.8, 12.5),
+        ("proseco_table1_minicoco_10", 10, 400, 0.8, 10),
+        ("proseco_table1_minivoc", 10, 2000, 0.8, 50),
+        ("proseco_table1_voc", 10, 100, 0.8, 2.5),
+        ("proseco_table1_fsod_test", 10, 100, 0.8, 2.5),
+        ("proseco_table1_fsod_train", 10, 50, 0.8, 1.25),
+        ("proseco_table2_coco", 120, 500, 0.8, 12.5),
+        ("proseco_table10_coco_1x", 10, 12, 11 / 12, None),
+        ("detreg_coco", 50, 50, 0.8, None),
+        ("detreg_coco_1", 50, 2000, 0.7, None),
+        ("detreg_coco_10", 50, 400, 0.7, None),
+        ("detreg_imagenet_voc", 5, 100, 0.7, None),
+        ("joindet_coco", 50, 50, 0.8, None),
+        ("joindet_coco_voc", 50, 100, 0.7, None),
+        ("joindet_coco_1", 50, 2000, 0.7, None),
+        ("joindet_coco_10", 50, 400, 0.7, None),
+        ("joindet_table1", 50, 25, 0.7, None),
+        ("joindet_imagenet", 5, 50, 0.8, None),
+    ],
+)
+def test_deformable_detr(name, pretrained, epochs, dropped, examined):
+    before, tuned = pretrain_config(name), finetune_config(name)
+    assert (before.detector.name, before.detector.backbone, before.detector.num_queries) == (
+        "deformable_detr",
+        "resnet50",
+        300,
+    )
+    assert before.detector.levels == tuned.detector.levels == (1 if name.startswith("joindet") else 4)
+    assert not before.detector.refine
+    assert (before.train.epochs, tuned.train.epochs, tuned.train.batch_size) == (pretrained, epochs, 32)
+    assert (tuned.tune.validate_epochs, tuned.tune.patience) == (examined, None if examined is None else 10)
+    assert (tuned.tune.frozen_stages, tuned.tune.backbone_norm) == (1, "fixed")
+    assert tuned.optim.lr_scale == {"backbone": 0.1, "sampling_offsets": 0.1, "reference_points": 0.1}
+    assert (tuned.optim.clip, before.optim.clip) == (0.1, 0.1)
+    images = 10_000
+    drop = dropped * epochs * images / 32
+    at = [0, round(drop) - 2, round(drop) + 2]
+    assert rates(tuned, images, at) == pytest.approx([2e-4, 2e-4, 2e-5])
+    last = round(pretrained * images / before.train.batch_size) - 1
+    dropping = before.optim.schedule == "steps"
+    assert rates(before, images, [0, last]) == pytest.approx([2e-4, 2e-5 if dropping else 2e-4])
+    assert dropping == (pretrained == 50)
+
+
+def test_proseco_and_joindet():
+    proseco = pretrain_config("proseco_table1_minicoco_10")
+    assert (proseco.train.batch_size, proseco.method.keep_rate, proseco.method.K) == (64, 0.999, 30)
+    assert (proseco.method.delta, proseco.method.tau, proseco.method.tau_t) == (0.5, 0.1, 0.07)
+    assert (proseco.method.hidden, proseco.method.dim, proseco.proposals.preset) == (4096, 256, "proseco")
+    joindet = pretrain_config("joindet_coco")
+    assert (joindet.method.m_s, joindet.method.iou, joindet.method.update_epochs) == (0.45, 0.48, 10)
+    assert pretrain_config("joindet_imagenet").method.update_epochs == 1
+    assert pretrain_config("detreg_coco").proposals.preset == "detreg"
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("updetr_300ep", 300), ("updetr_150ep", 150)])
+def test_updetr(name, epochs):
+    before, tuned = pretrain_config(name), finetune_config(name)
+    assert (before.method.M, before.detector.name) == (10, "detr")
+    assert before.detector.pre_norm
+    assert tuned.detector.pre_norm
+    assert (before.train.epochs, before.train.batch_size, tuned.train.epochs) == (60, 256, epochs)
+    assert tuned.optim.lr_scale == {"backbone": 0.5}  # 5e-5
+    images = 25_600
+    assert rates(before, images, [3998, 4001]) == pytest.approx([1e-4, 1e-5])
+    steps = epochs * images // 16
+    assert rates(tuned, images, [steps * 2 // 3 - 2, steps * 2 // 3 + 2]) == pytest.approx([1e-4, 1e-5])
+
+
 # ---- extends -------------------------------------------------------------------------------------------------------
 
 

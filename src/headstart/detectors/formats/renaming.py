@@ -266,7 +266,7 @@ def refuse_composite(state: Mapping[str, Tensor], library: str) -> None:
 
 def refuse_transformer(state: Mapping[str, Tensor], library: str) -> None:
     """Raises: SettingsError for a DETR of any kind."""
-    if any(key.startswith("transformer.") for key in state):
+    if any(key.startswith("transformer.decoder.") for key in state):
         raise SettingsError(
             f"--to {library}: transformer detectors are not translated for it; use --to transformers, or --to "
             "torchvision, which keeps the names they have, those of DETR's own repositories"

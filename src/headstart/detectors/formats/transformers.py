@@ -61,7 +61,7 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
         SettingsError: transformers can't have such a backbone, or these are the weights of another detector.
     """
     refuse_composite(state, NAME)
-    if not any(key.startswith("transformer.") for key in state):
+    if not any(key.startswith("transformer.decoder.") for key in state):
         raise SettingsError(
             f"--to {NAME}: no weights of a DETR or Deformable DETR, the detectors it has in common with us"
         )
