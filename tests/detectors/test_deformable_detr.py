@@ -9,7 +9,7 @@ import torch
 from hugging_face import OURS, example, reference, under_our_names
 
 from headstart import detectors
-from headstart.detectors.builders.deformable_detr import DeformableAttention, Levels
+from headstart.detectors.builders.deformable_detr import DeformableAttention, Levels, cell_sides
 from headstart.detectors.deformable_detr import DeformableDETRSettings
 from headstart.detectors.weights import load_state
 from headstart.errors import SettingsError
@@ -104,7 +104,7 @@ def test_attention_is_the_loops(sides, coordinates):
     points = torch.rand(2, 5, coordinates) * 1.2 - 0.1
     ratios = torch.rand(2, len(sides), 2) / 2 + 0.5
     padding = torch.rand(2, cells) < 0.2
-    levels = Levels(sides, padding, ratios)
+    levels = Levels(sides, cell_sides(sides, query.device), padding, ratios)
     found = layer(query, levels.placed(points), memory, levels)
     placed = points[:, :, None] * ratios.repeat(1, 1, coordinates // 2)[:, None]
     torch.testing.assert_close(found, by_loops(layer, query, placed, memory, sides, padding), atol=1e-5, rtol=1e-4)

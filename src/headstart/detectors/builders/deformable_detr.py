@@ -35,6 +35,7 @@ class Levels(NamedTuple):
     """
 
     sides: list[tuple[int, int]]  # height and width of each
+    cell: Tensor  # (L, 2), width and height of one, in shares of its map
     padding: Tensor | None  # (B, S) bool
     ratios: Tensor | None  # (B, L, 2): the share of a map that an image covers, x and y
 
@@ -62,8 +63,14 @@ class Levels(NamedTuple):
         """(S, 2) in shares of the maps -> (B or 1, S, 2) in shares of the images; beyond 1 in the padding."""
         if self.ratios is None:
             return centres[None]
-        cells = torch.tensor(self.cells, device=centres.device)
-        return centres / self.ratios.repeat_interleave(cells, dim=1, output_size=len(centres))
+        own = zip(self.ratios.unbind(1), self.cells, strict=True)
+        return centres / torch.cat([ratio[:, None].expand(-1, n, -1) for ratio, n in own], dim=1)
+
+
+def cell_sides(sides: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """(L, 2): width and height of a cell in shares of its map. Filled in there: a copy would wait for the device."""
+    each = [torch.full((1,), 1 / side, device=device) for height, width in sides for side in (width, height)]
+    return torch.cat(each).unflatten(0, (-1, 2))
 
 
 def head_major(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -117,7 +124,7 @@ class DeformableAttention(nn.Module):
         if reference.shape[2] == 4:
             unit = reference[:, None, :, None, 2:] / self.points
         else:
-            unit = torch.tensor([(2 / w, 2 / h) for h, w in levels.sides], device=query.device)[:, None, :, None]
+            unit = 2 * levels.cell[:, None, :, None]
         places = torch.addcmul(2 * reference[:, None, :, None, :2] - 1, offsets, unit).flatten(0, 1)
 
         total: Any = 0
@@ -239,11 +246,11 @@ class DeformableDETR(QueryDetector):
         full = (images.shape[-2], images.shape[-1])
         counts: list[Any] = [None if sizes is None else covered(sizes, full, side) for side in sides]
         valid = [valid_cells(count, map_) for count, map_ in zip(counts, maps, strict=True)]
-        levels = Levels(sides, None, None)
+        cell = cell_sides(sides, images.device)
+        levels = Levels(sides, cell, None, None)
         if sizes is not None:
-            shares = [count / count.new_tensor(side) for count, side in zip(counts, sides, strict=True)]
             padding = ~torch.cat([cells.flatten(1) for cells in valid], dim=1)
-            levels = Levels(sides, padding, torch.stack(shares, dim=1).flip(-1))
+            levels = Levels(sides, cell, padding, torch.stack(counts, dim=1).flip(-1) * cell)
         embedded = zip(counts, maps, self.transformer.level_embed, strict=True)
         position = torch.cat([positions(c, map_, self.width, shift=0.5) + own for c, map_, own in embedded], dim=1)
         memory = self.transformer.encode(torch.cat([m.flatten(2) for m in maps], dim=2).mT, position, levels)
