@@ -38,12 +38,15 @@ class View:
         frame: (4,) float32 or None: where the left, upper, right and lower edge of the first view's image are, px of
             this view. Beyond the view after a crop, left and right exchanged after a flip; so it tells where any
             point of one view is in another. None: nobody asked.
+        labels: (n,) int64 or None: pseudo classes of the boxes, from 1. Put there when a view is ready: the functions
+            here do not take them along, as they follow from ids.
     """
 
     image: np.ndarray
     boxes: np.ndarray
     ids: np.ndarray
     frame: np.ndarray | None = None
+    labels: np.ndarray | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -16,13 +16,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from headstart.detectors.detector import Matched, Target, as_float
+from headstart.detectors.detector import MatchAdvice, Matched, Target, as_float
 from headstart.detectors.pyramid import (
     PyramidSettings,
     TorchvisionDetector,
     at_most,
     image_list,
     shapes_in_float32,
+    stepwise_sgd,
     with_area,
 )
 
@@ -119,7 +120,11 @@ class DenseDetector(TorchvisionDetector):
         a_cell = generator.num_anchors_per_location()
         return anchors, [map_[0, 0].numel() * n for map_, n in zip(maps, a_cell, strict=True)]
 
-    def projector(self, hidden: int, dim: int) -> nn.Module:
+    @property
+    def match_advice(self) -> MatchAdvice:
+        return MatchAdvice(stepwise_sgd(0.01), epochs=12, batch=16, most=2048)
+
+    def projector(self, hidden: int, dim: int, classes: int = 0) -> nn.Module:
         """Convolution, ReLU, 1 x 1 convolution: ``dim`` values of each anchor of a cell."""
         width = self.parts["classifier"].in_channels
         anchors_a_cell = self.module.anchor_generator.num_anchors_per_location()[0]

@@ -52,13 +52,36 @@ class Matched:
         embeddings: (M, D) what stands in the class layer's place gives for each.
         image: (M,) int64, index of the image.
         box: (M,) int64, index of the box among those of its image.
-        losses: the detector's own losses of where things are; never of what they are.
+        losses: the detector's own losses of where things are; of what they are only if asked for pseudo classes.
     """
 
     embeddings: Tensor
     image: Tensor
     box: Tensor
     losses: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MatchAdvice:
+    """Ability ``match``: the numbers a detector is trained with where :meth:`Detector.match` is all there is to learn.
+
+    AlignDet's (supplement A, B.2 to B.5), where it has some.
+
+    Attributes:
+        optim: optimiser and schedule.
+        epochs: passes over COCO.
+        batch: images a step, at most.
+        most: predictions that take part, of a process's batch.
+        boxes: an image's, at most; None: all.
+        classes: kinds of boxes that its rule tells apart, of pseudo labels; 0: it goes by where boxes are alone.
+    """
+
+    optim: OptimSettings
+    epochs: int
+    batch: int
+    most: int
+    boxes: int | None = None
+    classes: int = 0
 
 
 @dataclass
@@ -130,6 +153,11 @@ class Detector(nn.Module, ABC):
             found.append(getattr(self.module.get_submodule(owner), name))
         return found
 
+    @property
+    def class_parts(self) -> Sequence[str]:
+        """Names of the parts whose meaning depends on the classes, so that they end with them."""
+        return [name for name in self.parts if name in ("classifier", "regressor", "mask_head", "mask_predictor")]
+
     @abstractmethod
     def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """Pyramid of ``images`` (B, 3, H, W), uint8 or float in [0, 1].
@@ -200,8 +228,17 @@ class Detector(nn.Module, ABC):
         """Ability ``propose``: at most ``after`` boxes (k, 4) xyxy px an image, from ``before`` a map before NMS."""
         raise NotImplementedError
 
-    def projector(self, hidden: int, dim: int) -> nn.Module:
-        """Ability ``match``: what stands in the class layer's place, giving ``dim`` values a prediction."""
+    @property
+    def match_advice(self) -> MatchAdvice:
+        """Ability ``match``: how a detector of this kind is trained on it."""
+        raise NotImplementedError
+
+    def projector(self, hidden: int, dim: int, classes: int = 0) -> nn.Module:
+        """Ability ``match``: what stands in the class layer's place, giving ``dim`` values a prediction.
+
+        ``classes``: that ``labels`` of targets tell apart, where the detector's rule goes by classes too
+        (:attr:`MatchAdvice.classes`); 0: labels mean nothing.
+        """
         raise NotImplementedError
 
     def match(
@@ -219,7 +256,8 @@ class Detector(nn.Module, ABC):
             images: (B, 3, H, W) uint8 or float in [0, 1], padded at the right and the bottom.
             sizes: (B, 2) int64, height and width of each image without its padding, px.
             targets: one an image: ``boxes`` (k, 4) xyxy px, k may be 0, and ``labels`` (k,).
-            projector: of :meth:`projector`.
+            projector: of :meth:`projector`; made for classes, ``labels`` take part in the rule, and there is a loss
+                of them, ``class``.
             most: predictions kept over the whole batch, drawn at random where there are more.
             losses: off: ``Matched.losses`` stays empty.
         """

@@ -28,7 +28,7 @@ from typing_extensions import Self
 from headstart import distributed
 from headstart.detectors import backbones
 from headstart.detectors.builders.rcnn import rcnn, rcnn_c4
-from headstart.detectors.detector import Features, Matched, Target
+from headstart.detectors.detector import Features, MatchAdvice, Matched, Target
 from headstart.detectors.plain_code import Call
 from headstart.detectors.pyramid import (
     PyramidSettings,
@@ -37,6 +37,7 @@ from headstart.detectors.pyramid import (
     float32_anchors,
     image_list,
     shapes_in_float32,
+    stepwise_sgd,
 )
 from headstart.errors import SettingsError
 
@@ -302,7 +303,11 @@ class RCNN(TorchvisionDetector):
 
     # ---- matching -------------------------------------------------------------------------------------------------
 
-    def projector(self, hidden: int, dim: int) -> nn.Module:
+    @property
+    def match_advice(self) -> MatchAdvice:
+        return MatchAdvice(stepwise_sgd(0.02), epochs=12, batch=16, most=4096)
+
+    def projector(self, hidden: int, dim: int, classes: int = 0) -> nn.Module:
         """AlignDet's for regions: linear, ReLU, linear."""
         width = self.box_predictor.cls_score.in_features
         return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim))

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from headstart.detectors.builders.transformer import Answers, QueryDetector
-from headstart.detectors.detector import Features, Matched, Queries, Target, as_float
+from headstart.detectors.detector import Features, MatchAdvice, Matched, Queries, Target, as_float
 from headstart.detectors.formats import originals
 from headstart.detectors.pyramid import TorchvisionDetector, TorchvisionSettings, at_most, with_area
 from headstart.detectors.set_loss import Objects, SetLoss, objects_in_all, per_layer
+from headstart.matching import Matches
+from headstart.optim import OptimSettings
 
 
 class TransformerSettings(TorchvisionSettings):
@@ -154,9 +156,32 @@ class TransformerDetector(TorchvisionDetector):
         terms = dataclasses.replace(self.set_loss, kind="focal")(logits[None], boxes[None], nameless)
         return {f"first_{name}": term for name, term in terms.items()}
 
-    def projector(self, hidden: int, dim: int) -> nn.Module:
+    @property
+    def class_parts(self) -> Sequence[str]:
+        """The box layers are the same for all classes."""
+        return ["classifier"]
+
+    @property
+    def match_advice(self) -> MatchAdvice:
+        """AlignDet's for DETR (supplement B.5): pseudo classes, or the matching would not fit the loss."""
+        optim = OptimSettings(
+            optimizer="adamw",
+            base_lr=2e-4,
+            base_batch=64,
+            weight_decay=1e-4,
+            warmup_steps=0,
+            schedule="steps",
+            drops=[40 / 50],
+            clip=0.1,
+        )
+        return MatchAdvice(optim, epochs=50, batch=64, most=4096, boxes=50, classes=256)
+
+    def projector(self, hidden: int, dim: int, classes: int = 0) -> nn.Module:
         """Linear, ReLU, linear: ``dim`` values of each query."""
-        return nn.Sequential(nn.Linear(self.query_width, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+        return QueryProjector(
+            nn.Sequential(nn.Linear(self.query_width, hidden), nn.ReLU(), nn.Linear(hidden, dim)),
+            self.class_layer(classes) if classes else None,
+        )
 
     def match(
         self,
@@ -167,20 +192,42 @@ class TransformerDetector(TorchvisionDetector):
         most: int,
         losses: bool = True,
     ) -> Matched:
-        """One query a box, by the boxes alone. Embeddings are the last layer's; losses those of all layers' boxes."""
+        """One query a box. Embeddings are the last layer's; losses those of all layers."""
+        assert isinstance(projector, QueryProjector)
         answers = self._answer(self.normalise(images, sizes), sizes)
-        rule, objects = self.set_loss, Objects.of(targets, sizes.to(images.device))
-        layers, batch = answers.boxes.shape[:2]
-        boxes, every = answers.boxes.flatten(0, 1), objects.repeated(layers)
-        matches = rule.match(None, boxes, every)
-        image, query, box = per_layer(matches, layers, batch)[-1]
-        found: dict[str, Tensor] = {}
-        if losses:
-            found = rule.box_losses(boxes, matches, every, objects_in_all(objects, boxes))
-            found |= self.first_losses(answers.first, objects)
+        objects = Objects.of(targets, sizes.to(images.device))
+        found, (image, query, box) = self._matched(answers, objects, projector.classes)
+        found = {**found, **self.first_losses(answers.first, objects)} if losses else {}
         kept = at_most(len(image), most, image.device)
         image, query, box = image[kept], query[kept], box[kept]
         return Matched(projector(answers.hidden[-1][image, query]), image, box, found)
+
+    def _matched(
+        self, answers: Answers, objects: Objects, classes: nn.Module | None
+    ) -> tuple[dict[str, Tensor], Matches]:
+        """Losses of all layers, and the last one's matching; without ``classes`` both by the boxes alone."""
+        rule = self.set_loss
+        if classes is not None:
+            terms, each = rule.with_matches(classes(answers.hidden), answers.boxes, objects)
+            return terms, each[-1]
+        layers, batch = answers.boxes.shape[:2]
+        boxes, every = answers.boxes.flatten(0, 1), objects.repeated(layers)
+        matches = rule.match(None, boxes, every)
+        terms = rule.box_losses(boxes, matches, every, objects_in_all(objects, boxes))
+        return terms, per_layer(matches, layers, batch)[-1]
+
+
+class QueryProjector(nn.Module):
+    """What AlignDet puts in the class layer's place: a projection and, for its matching, a layer of pseudo classes."""
+
+    def __init__(self, project: nn.Module, classes: nn.Module | None) -> None:
+        super().__init__()
+        self.project = project
+        self.classes = classes
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(M, D) -> (M, dim)."""
+        return self.project(hidden)
 
 
 def as_queries(answers: Answers) -> Queries:

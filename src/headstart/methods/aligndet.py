@@ -7,6 +7,7 @@ backbone is frozen, everything behind it learns to find Selective Search boxes a
 
     Algorithm II, aug                 AlignDet.views
     Algorithm II, f_reg, loss_reg     the detector's own, Detector.match
+    B.5, pseudo-semantic labels       AlignDet.pseudo_classes, verbs/pseudo_classes.py; their loss: Detector.match
     Algorithm II, f_con, g            Detector.match on Detector.projector, in the class layer's place
     Algorithm II, loss_con            info_nce
     Algorithm II, ema_update          AlignDet.momentum
@@ -21,9 +22,12 @@ Where this file differs from the paper, or fills a gap:
 * Labels of the contrast are the proposals' own numbers, over all processes; the released code's collide beyond 256.
 * At most ``most`` predictions take part, over the whole batch of a process (the paper's numbers, where a GPU held
   two images).
+* The numbers that depend on the detector are its own advice (``Detector.match_advice``): those of the supplement, and
+  Deformable DETR, which the paper does not have, as DETR.
 * The papers' learning rates (.1, .2) are not what the released configurations say (.01 for RetinaNet and FCOS, .02 for
   R-CNN at a batch of 16); these are the defaults.
 * The photometric operations are not listed in the supplement: colour jitter, grey and blur, MoCo v2's.
+* K-means (scikit-learn's, plain) sees a sample of the proposals, 200 a cluster; crops of 128 px, as DETReg's.
 """
 
 from __future__ import annotations
@@ -42,14 +46,13 @@ from typing_extensions import Self
 from headstart import distributed
 from headstart.detectors.detector import Ability, Detector, Matched
 from headstart.ema import cosine_momentum
+from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
 from headstart.views import Photometric, View, hflip, resize, visible
 
-MOST_REGIONS, MOST_DENSE = 4096, 2048  # supplement B.2-B.4
 PAPER_TAU = 0.996
-KEPT = ("backbone", "neck", "rpn", "head", "later_heads")
 
 
 class AlignDetSettings(Settings):
@@ -64,11 +67,24 @@ class AlignDetSettings(Settings):
         "the number of steps",
     )
     K: int | None = Field(
-        None, ge=1, description="proposals an image, drawn at random; unset: all (released: 50 for RetinaNet and DETR)"
+        None,
+        ge=1,
+        description="proposals an image, drawn at random. Unset: as the detector advises, 50 with queries (released: "
+        "50 for RetinaNet too), else all",
     )
     most: int | None = Field(
-        None, ge=1, description="predictions a process's batch in the contrast. Unset: 4096 with an RPN, else 2048"
+        None,
+        ge=1,
+        description="predictions a process's batch in the contrast. Unset: as the detector advises, 2048 of dense "
+        "ones, else 4096",
     )
+    clusters: int | None = Field(
+        None,
+        ge=0,
+        description="pseudo classes: clusters of what the frozen backbone says of the proposals. 0: none. Unset: as "
+        "the detector advises, 256 with queries, else 0",
+    )
+    crop_px: int = Field(128, ge=32, description="side of the squares that proposals are cut out as for that, px")
     regress: Literal["online", "both"] = Field(
         "online", description="views whose boxes are regressed: the online network's own (released), or both (paper)"
     )
@@ -122,8 +138,17 @@ class AlignDet(Method[AlignDetSettings]):
             s.short_side_px = (round(0.8 * short), short)
         if s.long_side_px is None:
             s.long_side_px = long
+        advice = detector.match_advice
         if s.most is None:
-            s.most = MOST_REGIONS if "propose" in detector.abilities else MOST_DENSE
+            s.most = advice.most
+        if s.K is None:
+            s.K = advice.boxes
+        if s.clusters is None:
+            s.clusters = advice.classes
+        elif s.clusters and not advice.classes:
+            raise SettingsError(
+                f"method.clusters={s.clusters}: a {detector.family} matches by where boxes are alone; expected 0"
+            )
         if s.tau is not None:
             return []
         # The paper's .996 averages over 250 of some 88 000 steps. In a run of a few hundred the teacher would stay at
@@ -132,21 +157,20 @@ class AlignDet(Method[AlignDetSettings]):
         return [f"tau = {s.tau:.3f} -> 1: for {total_steps} steps (paper: {PAPER_TAU} for 88 000)"]
 
     def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
-        base_lr = 0.02 if "propose" in detector.abilities else 0.01
-        return OptimSettings(
-            optimizer="sgd",
-            base_lr=base_lr,
-            base_batch=16,
-            weight_decay=1e-4,
-            warmup_steps=500,
-            schedule="steps",
-            drops=[8 / 12, 11 / 12],
-        )
+        return detector.match_advice.optim
+
+    def length(self, detector: Detector) -> float:
+        return detector.match_advice.epochs
 
     def batch_size(self, detector: Detector, memory_gib: float) -> int:
-        """At most the paper's 16; about 4 GiB hold an image of 800 x 1333 px, and smaller ones in proportion."""
+        """At most the paper's; about 4 GiB hold an image of 800 x 1333 px, and smaller ones in proportion."""
         short, long = detector.input_px
-        return int(min(16, 2 ** np.floor(np.log2(max(2, memory_gib / 4 * (800 * 1333) / (short * long))))))
+        return int(
+            min(
+                detector.match_advice.batch,
+                2 ** np.floor(np.log2(max(2, memory_gib / 4 * (800 * 1333) / (short * long)))),
+            )
+        )
 
     @property
     def decode_px(self) -> int:
@@ -161,20 +185,25 @@ class AlignDet(Method[AlignDetSettings]):
         return "freezes the backbone, so it has to be a trained one"
 
     def trained_parts(self, detector: Detector) -> Sequence[str]:
-        return [part for part in detector.parts if part in (*KEPT[1:], "regressor")]
+        return [
+            part for part in detector.parts if part == "regressor" or part not in ("backbone", *detector.class_parts)
+        ]
+
+    @property
+    def pseudo_classes(self) -> tuple[int, int] | None:
+        return (self.settings.clusters, self.settings.crop_px) if self.settings.clusters else None
 
     def exported_parts(self, detector: Detector) -> Sequence[str]:
-        """Without the last layers: their boxes are class-agnostic, and classes there are none."""
-        return [part for part in detector.parts if part in KEPT]
+        """Without what depends on the classes, of which there are none yet."""
+        return [part for part in detector.parts if part not in detector.class_parts]
 
     # ---- augmentation: two independent standard ones, no crop ---------------------------------------------------
 
     def views(self, image: np.ndarray, boxes: np.ndarray, rng: np.random.Generator) -> list[View]:
         s = self.settings
-        boxes = boxes[visible(boxes)]
-        ids = np.arange(len(boxes))
-        if s.K is not None and len(boxes) > s.K:
-            ids = np.sort(rng.choice(len(boxes), s.K, replace=False))
+        ids = np.flatnonzero(visible(boxes))
+        if s.K is not None and len(ids) > s.K:
+            ids = np.sort(rng.choice(ids, s.K, replace=False))
         return [self.augment(View(image, boxes[ids], ids), rng) for _ in range(2)]
 
     def augment(self, view: View, rng: np.random.Generator) -> View:
@@ -192,7 +221,8 @@ class AlignDet(Method[AlignDetSettings]):
     # ---- Algorithm II -----------------------------------------------------------------------------------------
 
     def heads(self, detector: Detector) -> nn.ModuleDict:
-        return nn.ModuleDict({"g": detector.projector(self.settings.hidden, self.settings.dim)})
+        s = self.settings
+        return nn.ModuleDict({"g": detector.projector(s.hidden, s.dim, s.clusters or 0)})
 
     @property
     def teacher_heads(self) -> Sequence[str]:

@@ -30,6 +30,7 @@ class ViewBatch:
         images: (B, 3, H, W) uint8; smaller ones are padded at the right and the bottom.
         boxes: (B, K, 4) float32, xyxy in pixels of this view; rows beyond an image's own are 0.
         ids: (B, K) int64; equal id in two views of an image means the same object; -1 beyond an image's own.
+        labels: (B, K) int64, pseudo class of each box from 1; 1 where nobody made any, 0 beyond an image's own.
         sizes: (B, 2) int64, height and width of each image without padding.
         frames: (B, 4) float32, :attr:`View.frame`; NaN where a view has none.
     """
@@ -37,6 +38,7 @@ class ViewBatch:
     images: Tensor
     boxes: Tensor
     ids: Tensor
+    labels: Tensor
     sizes: Tensor
     frames: Tensor
 
@@ -47,10 +49,10 @@ class ViewBatch:
         return height, width
 
     def targets(self) -> list[Target]:
-        """One an image: its boxes (k, 4), all of one class."""
+        """One an image: its boxes (k, 4) and labels (k,), all of one class where there are no pseudo classes."""
         counts = (self.ids >= 0).sum(dim=1).tolist()
-        ones = torch.ones_like(self.ids)
-        return [{"boxes": b[:k], "labels": one[:k]} for b, one, k in zip(self.boxes, ones, counts, strict=True)]
+        pairs = zip(self.boxes, self.labels, counts, strict=True)
+        return [{"boxes": boxes[:k], "labels": labels[:k]} for boxes, labels, k in pairs]
 
     def to(self, device: torch.device) -> ViewBatch:
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()})
@@ -79,11 +81,13 @@ def _collate(views: Sequence[View], multiple_px: int) -> ViewBatch:
     most = max(len(view.boxes) for view in views)
     boxes = np.zeros((len(views), most, 4), np.float32)
     ids = np.full((len(views), most), -1, np.int64)
+    labels = np.zeros((len(views), most), np.int64)
     for i, view in enumerate(views):
         boxes[i, : len(view.boxes)], ids[i, : len(view.ids)] = view.boxes, view.ids
+        labels[i, : len(view.ids)] = 1 if view.labels is None else view.labels
     none = np.full(4, np.nan, np.float32)
     frames = np.stack([none if view.frame is None else view.frame for view in views])
-    arrays = (images, boxes, ids, sizes, frames)
+    arrays = (images, boxes, ids, labels, sizes, frames)
     pixels, *others = (torch.from_numpy(array) for array in arrays)
     return ViewBatch(pixels.permute(0, 3, 1, 2), *others)
 
@@ -138,6 +142,10 @@ class Method(ABC, Generic[M]):
                     f"{cls.name} {reason}, which a {detector.family} does not have; headstart methods says what fits"
                 )
 
+    def length(self, detector: Detector) -> float:
+        """Passes over the images, as the paper has it, where nobody says how long."""
+        return self.epochs
+
     def batch_size(self, detector: Detector, memory_gib: float) -> int:
         """Images a step that fit one device of this memory, where nobody says how many."""
         # Measured nowhere near every detector: about 1 GiB holds two 224 px images with a ResNet-50 FPN.
@@ -185,6 +193,15 @@ class Method(ABC, Generic[M]):
     @abstractmethod
     def needs_proposals(self) -> bool:
         """Whether :meth:`views` uses the boxes it is given."""
+
+    @property
+    def pseudo_classes(self) -> tuple[int, int] | None:
+        """Kinds that proposals are told apart in by what the frozen backbone says of them, and the side of the crops it
+        is shown, px; known after :meth:`settle`. None: all are of one kind.
+
+        With some, ids of :meth:`views` have to be numbers of the boxes given to it.
+        """
+        return None
 
     @abstractmethod
     def trained_parts(self, detector: Detector) -> Sequence[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from headstart.proposals.store import ProposalStore
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import flatten, merge, parse_assignments, validate
 from headstart.verbs.propose import propose
+from headstart.verbs.pseudo_classes import PseudoClasses
 from headstart.verbs.refresh import Refresh
 from headstart.verbs.start import SCRATCH, detector_of, for_family, load_start, start_record
 
@@ -207,6 +209,7 @@ class _Loader:
     usable: ProposalStore | None  # index counts its images, where there is one
     method: Method
     boxes_of: Callable[[int], tuple[np.ndarray, int]] | None
+    classes: PseudoClasses | None = None
 
     def use(self, store: ProposalStore) -> None:
         """Boxes of all images, from now on."""
@@ -229,7 +232,11 @@ class _Loader:
         return image, boxes
 
     def __call__(self, index: int, rng: np.random.Generator) -> Any:
-        return self.method.views(*self.plain(index, self.method.decode_px), rng)
+        made = self.method.views(*self.plain(index, self.method.decode_px), rng)
+        if self.classes is None:
+            return made
+        labels = self.classes.of(index)
+        return [dataclasses.replace(view, labels=labels[view.ids]) for view in made]
 
 
 def pretrain(
@@ -384,6 +391,10 @@ def pretrain(
                 watch=model.watch,
                 warn=pretraining_method.warnings,
             )
+            if pretraining_method.pseudo_classes is not None:
+                count, crop_px = pretraining_method.pseudo_classes
+                wrapped.to(compute)
+                load.classes = PseudoClasses.at(run.path, wrapped, load, job.images, count, crop_px, config.train, show)
             if own is not None:
                 job.renew_every = max(1, round(own * job.images / config.train.batch_size))
                 job.renew = Refresh(
@@ -443,7 +454,7 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
         notes_.append(f"batch size {train.batch_size}: for this {device.type} (--batch-size)")
     per_epoch = n_images / train.batch_size
     if train.max_steps is None:
-        epochs = train.epochs or max(method.epochs, MIN_STEPS / per_epoch)
+        epochs = train.epochs or max(method.length(detector), MIN_STEPS / per_epoch)
         train.max_steps = max(1, round(epochs * per_epoch))
         if train.epochs is None:
             notes_.append(f"{train.max_steps} steps: {epochs:.0f} epochs of {n_images} images (--epochs, --max-steps)")
