@@ -217,6 +217,15 @@ def test_aligndet(name, before, after, decay, frozen):
     assert several == (name.endswith("_voc") or (not frozen and name != "aligndet_mobilenet_v2"))
 
 
+def test_aligndet_on_detr():
+    before, tuned = pretrain_config("aligndet_detr"), finetune_config("aligndet_detr")
+    assert (before.method.clusters, before.method.K, before.train.epochs, before.train.batch_size) == (256, 50, 50, 64)
+    images = 6400
+    assert rates(before, images, [3998, 4001]) == pytest.approx([2e-4, 2e-5])
+    assert rates(tuned, images, [0, 39_998, 40_001]) == pytest.approx([1e-4, 1e-4, 1e-5])
+    assert (tuned.train.epochs, tuned.train.batch_size, tuned.detector.name) == (150, 16, "detr")
+
+
 def test_aligndet_schedules():
     for name, epochs in (("aligndet_retinanet", 12), ("aligndet_retinanet_2x", 24), ("aligndet_retinanet_3x", 36)):
         assert pretrain_config(name).train.epochs == epochs
