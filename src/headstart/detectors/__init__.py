@@ -63,5 +63,6 @@ def wrap(module: nn.Module) -> Detector:
             return cls(module, None)
     raise SettingsError(
         f"{type(module).__name__}: not a detector of a known family ({', '.join(FAMILIES)}); "
-        "expected a torchvision FasterRCNN, MaskRCNN, RetinaNet or FCOS, or a Headstart detector"
+        "expected a torchvision FasterRCNN, MaskRCNN, RetinaNet or FCOS, what headstart.detectors.builders build, "
+        "or a Headstart detector"
     )
