@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -28,6 +29,15 @@ FAMILIES = {
 def detector(family: str = "faster_rcnn"):
     torch.manual_seed(0)
     return detectors.build(detectors.parse_settings({"name": family, **COMMON, **FAMILIES[family]}))
+
+
+def queries(family: str, **changes):
+    small = {
+        **{"backbone": "test_resnet", "num_queries": 8, "width": 32, "heads": 4, "encoder_layers": 1},
+        **{"decoder_layers": 2, "feedforward": 24, "short_side_px": 64, "long_side_px": 96, "dropout": 0.0},
+    }
+    torch.manual_seed(0)
+    return detectors.build(detectors.parse_settings({"name": family, **small, **changes}))
 
 
 def aligndet(wrapped, **settings) -> AlignDet:
@@ -197,6 +207,123 @@ def test_batched_is_single(family, photo):
             torch.testing.assert_close(both.embeddings[mine], alone.embeddings[first], atol=1e-4, rtol=1e-4)
 
 
+QUERY_KINDS = [("detr", {}), ("deformable_detr", {}), ("deformable_detr", {"refine": True, "two_stage": True})]
+
+
+@pytest.mark.parametrize(("family", "changes"), QUERY_KINDS)
+@pytest.mark.parametrize("clusters", [0, 4])
+@pytest.mark.parametrize("counts", [(5, 3), (0, 2), (0, 0)])
+def test_two_steps_with_queries(family, changes, clusters, counts, photo):
+    """Contrast, the boxes' losses and, with pseudo classes, theirs; a gradient for all that learns, and for no more."""
+    wrapped = queries(family, **changes)
+    method = aligndet(wrapped, clusters=clusters)
+    model = Pretraining(method, wrapped).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    backbone = {k: v.clone() for k, v in wrapped.part_state(["backbone"]).items()}
+    for step in range(2):
+        samples = [method.views(photo, BOXES[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
+        for views in samples:
+            for view in views:
+                view.labels = view.ids % 4 + 1
+        terms = model(Views(collate_views(samples, 32)))
+        assert ("class" in terms) == bool(clusters)
+        assert {"contrast", "l1", "giou"} <= set(terms)
+        optimizer.zero_grad()
+        sum(terms.values()).backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+        optimizer.step()
+        model.after_step(step, 2)
+    assert all(torch.equal(backbone[k], v) for k, v in wrapped.part_state(["backbone"]).items())
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable_detr"])
+def test_assignment_with_labels_is_the_cheapest_of_all(family):
+    """Class, L1 and GIoU costs written out, and every assignment tried; and the class loss written out."""
+    wrapped = queries(family, num_queries=6).eval()
+    torch.manual_seed(3)
+    projector = wrapped.projector(8, 4, classes=5)
+    with torch.no_grad():
+        for parameter in projector.classes.parameters():
+            parameter.normal_()
+    images, sizes = torch.rand(1, 3, 64, 96), torch.tensor([[60, 90]])
+    boxes = torch.tensor([[4.0, 3, 40, 50], [30, 10, 90, 60], [8, 8, 20, 24]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([5, 1, 5])}]
+    with torch.no_grad():
+        matched = wrapped.match(images, sizes, targets, projector, most=100)
+        answers = wrapped.queries(images, sizes)
+        logits = projector.classes(answers.hidden)[:, 0].double()
+    shares = boxes / torch.tensor([90.0, 60, 90, 60])
+    weight = 1.0 if family == "detr" else 2.0  # of the class, in cost and loss
+    expected_class = 0.0
+    for layer in range(len(logits)):
+        cxcywh = answers.boxes_cxcywh[layer, 0]
+        p = logits[layer].softmax(-1) if family == "detr" else logits[layer].sigmoid()
+
+        def cost(query, k, cxcywh=cxcywh, p=p):
+            cx, cy, w, h = cxcywh[query].tolist()
+            a, b = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], shares[k].tolist()
+            l1 = sum(abs(x - y) for x, y in zip(
+                [cx, cy, w, h], [(b[0] + b[2]) / 2, (b[1] + b[3]) / 2, b[2] - b[0], b[3] - b[1]], strict=True
+            ))  # fmt: skip
+            common = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+            union = w * h + (b[2] - b[0]) * (b[3] - b[1]) - common
+            hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+            overlap = common / union - (hull - union) / hull
+            named = float(p[query, targets[0]["labels"][k] - 1])
+            if family == "detr":
+                naming = -named
+            else:
+                naming = -0.25 * (1 - named) ** 2 * math.log(named) + 0.75 * named**2 * math.log(1 - named)
+            return weight * naming + 5 * l1 + 2 * (1 - overlap)
+
+        costs = [[cost(q, k) for k in range(3)] for q in range(6)]
+        best = min(itertools.permutations(range(6), 3), key=lambda qs: sum(costs[q][k] for k, q in enumerate(qs)))
+        wanted = {q: int(targets[0]["labels"][k]) - 1 for k, q in enumerate(best)}
+        if family == "detr":  # weighted mean of cross entropies; "no object" counts a tenth
+            each = [(1.0 if q in wanted else 0.1, -math.log(p[q, wanted.get(q, 5)])) for q in range(6)]
+            expected_class += sum(w * e for w, e in each) / sum(w for w, _ in each)
+        else:
+            for q in range(6):
+                for c in range(5):
+                    x = float(p[q, c])
+                    hit = wanted.get(q) == c
+                    focal = -0.25 * (1 - x) ** 2 * math.log(x) if hit else -0.75 * x**2 * math.log(1 - x)
+                    expected_class += weight * focal / 3
+    assert {int(b): q for b, q in zip(matched.box, sorted(best), strict=True)} == dict(enumerate(best))
+    torch.testing.assert_close(matched.embeddings, projector(answers.hidden[-1, 0, sorted(best)]))
+    assert matched.losses["class"].item() == pytest.approx(expected_class, rel=1e-4)
+    by_boxes = wrapped.match(images, sizes, targets, wrapped.projector(8, 4), most=100)
+    assert "class" not in by_boxes.losses
+
+
+def test_labels_follow_ids_through_flips_and_sampling(photo):
+    """K of the proposals, mirrored or not, the small ones left out: ids are their numbers, labels those of the ids."""
+    method = aligndet(queries("detr"), K=3, clusters=4)
+    boxes = np.concatenate([[[5, 5, 5, 9]], BOXES]).astype(np.float32)  # the first can't be seen
+    labels = np.array([9, 1, 2, 3, 4, 5])
+    drawn_ids = set()
+    for seed in range(8):
+        views = method.views(photo, boxes, np.random.default_rng(seed))
+        for view in views:
+            height, width = view.size
+            plain = boxes[view.ids] * np.tile([width / 80, height / 60], 2)
+            mirrored = np.stack([width - plain[:, 2], plain[:, 1], width - plain[:, 0], plain[:, 3]], axis=1)
+            assert np.allclose(view.boxes, plain, atol=1e-3) or np.allclose(view.boxes, mirrored, atol=1e-3)
+            view.labels = labels[view.ids]
+            drawn_ids |= set(view.ids.tolist())
+        first, _ = collate_views([views], 32)
+        assert first.targets()[0]["labels"].tolist() == labels[views[0].ids].tolist()
+    assert drawn_ids == {1, 2, 3, 4, 5}
+
+
+def test_without_labels_all_are_of_one_class(photo):
+    views = batch(aligndet(detector("fcos"), K=2), photo, count=1)
+    assert views[0].labels.tolist() == [[1, 1]]
+    assert views[0].targets()[0]["labels"].tolist() == [1, 1]
+
+
 def test_both_views_are_regressed_where_asked(photo):
     wrapped = detector("fcos")
     model = Pretraining(aligndet(wrapped, regress="both"), wrapped).eval()
@@ -272,6 +399,29 @@ def test_numbers_of_the_paper():
         assert (advised.optimizer, advised.base_lr, advised.base_batch) == ("sgd", lr, 16)
         assert (advised.schedule, advised.warmup_steps, advised.weight_decay) == ("steps", 500, 1e-4)
         assert advised.drops == pytest.approx([8 / 12, 11 / 12])
+
+
+@pytest.mark.parametrize("family", ["detr", "deformable_detr"])
+def test_numbers_for_detectors_with_queries(family):
+    wrapped = queries(family)
+    method = AlignDet(AlignDetSettings())
+    method.settle(wrapped, total_steps=100)
+    s, advised = method.settings, method.optimizer(wrapped, 64)
+    assert (method.length(wrapped), s.K, s.clusters, s.most) == (50, 50, 256, 4096)
+    assert (advised.optimizer, advised.base_lr, advised.base_batch, advised.clip) == ("adamw", 2e-4, 64, 0.1)
+    assert method.batch_size(wrapped, 1e6) == 64
+    assert method.pseudo_classes == (256, 128)
+    parts = [name for name in wrapped.parts if name not in ("backbone", "classifier")]
+    assert method.trained_parts(wrapped) == parts
+    assert method.exported_parts(wrapped) == ["backbone", *parts]
+
+
+def test_pseudo_classes_are_for_those_that_match_by_class():
+    for settings in ({}, {"clusters": 0}):
+        assert aligndet(detector("fcos"), **settings).pseudo_classes is None
+    with pytest.raises(SettingsError, match=r"method\.clusters=9: a fcos matches by where boxes are alone"):
+        aligndet(detector("fcos"), clusters=9)
+    assert aligndet(queries("detr"), clusters=0).pseudo_classes is None
 
 
 def test_exported_are_neck_and_heads_without_the_last_layers():

@@ -6,6 +6,7 @@ where each image's begin; ``centres.npy``, of the clusters.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 from torch.utils.data import DataLoader, Dataset
 
 from headstart import distributed
@@ -119,7 +121,9 @@ def cluster(described: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     different = len(np.unique(described, axis=0)) if len(described) < 10 * clusters else clusters
     if not different:
         return described[:0]
-    found = KMeans(min(clusters, different), n_init=1, max_iter=100, random_state=seed).fit(described)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # rows may be all but the same; so are then centres
+        found = KMeans(min(clusters, different), n_init=1, max_iter=100, random_state=seed).fit(described)
     return found.cluster_centers_.astype(np.float32)
 
 
