@@ -119,7 +119,7 @@ class QueryMethod(Method[Q]):
         return notes
 
     def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
-        """AdamW at the paper's rate, whatever the batch: of a small one, a rate in proportion would move next to nothing."""
+        """AdamW at the paper's rate, whatever the batch: in proportion to a small one it would move next to nothing."""
         factors = detector.tuning().lr_scale or {}
         return OptimSettings(
             optimizer="adamw",
