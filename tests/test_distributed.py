@@ -267,3 +267,51 @@ def test_other_methods_run_in_two_processes(tmp_path, scenes, tiny, method):
     launch([str(script), str(scenes / "unlabelled"), str(tmp_path / "two"), str(tmp_path / "p.parquet")], 2)
     log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2, 3]
+
+
+def test_validation_in_two_processes_keeps_the_best_and_stops_both(tmp_path, scenes):
+    """The first evaluates while the second waits; both stop, and both end with the best weights."""
+    script = tmp_path / "tune.py"
+    script.write_text(
+        f"""
+import sys, torch
+torch.set_num_threads(1)
+import headstart
+from headstart.verbs import finetune as module
+
+if __name__ == "__main__":
+    real, aps = module.run_detector, [0.1, 0.3, 0.2, 0.2, 0.1]
+    def scripted(detector, *rest):
+        evaluation = real(detector, *rest)
+        type(evaluation).metrics = {{"bbox": {{"AP": aps.pop(0)}}}}
+        return evaluation
+    module.run_detector = scripted
+    done = headstart.finetune(
+        "scratch", {str(scenes / "train.json")!r}, {str(scenes / "val.json")!r}, out={str(tmp_path / "run")!r},
+        detector="fcos", backbone="resnet18", batch_size=4, max_steps=9, device="cpu", show=False,
+        settings={{"detector.fpn_channels": 8, "detector.short_side_px": 64, "detector.long_side_px": 96,
+                   "train.workers": 0, "train.amp": "off", "tune.validate_epochs": 0.5, "tune.patience": 2}})
+    assert (done.summary.steps, done.summary.finished, done.best_step) == (4, True, 2), done.summary
+    total = sum(float(p.double().sum()) for p in done.detector.parameters())
+    with open({str(tmp_path)!r} + "/sum" + __import__("os").environ["RANK"], "w") as file:
+        file.write(repr(total))
+"""
+    )
+    launch([str(script)], 2)
+    assert (tmp_path / "sum0").read_text() == (tmp_path / "sum1").read_text()
+
+
+def test_aligndet_with_queries_in_two_processes(tmp_path, scenes):
+    """Pseudo classes are made by the first; every parameter that learns gets a gradient on both."""
+    small = {"num_queries": 8, "width": 32, "heads": 4, "encoder_layers": 1, "decoder_layers": 2, "feedforward": 24}
+    settings = {f"detector.{k}": v for k, v in {**small, "short_side_px": 64, "long_side_px": 96}.items()}
+    settings |= {"method.hidden": 16, "method.dim": 8, "method.K": 4, "method.clusters": 4, "method.crop_px": 32}
+    settings |= {"train.amp": "off", "train.log_every": 1, "train.workers": 0, "proposals.engine": "random"}
+    code = SCRIPT.replace("scenes, out=out", 'scenes, "aligndet", start="scratch", out=out') % {"settings": settings}
+    script = tmp_path / "train.py"
+    script.write_text(code.replace('"faster_rcnn"', '"deformable_detr"').replace('"resnet18"', '"test_resnet"'))
+    launch([str(script), str(scenes / "unlabelled"), str(tmp_path / "two"), str(tmp_path / "p.parquet")], 2)
+    log = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2, 3]
+    assert {"contrast", "class", "l1", "giou"} <= set(log[0]["terms"])
+    assert (tmp_path / "two" / "pseudo_classes" / "labels.npy").is_file()
