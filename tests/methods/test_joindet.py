@@ -12,7 +12,7 @@ from headstart import detectors, methods
 from headstart.detectors.set_loss import Objects
 from headstart.errors import SettingsError
 from headstart.methods import crops
-from headstart.methods.joindet import Attention, JoinDet, JoinDetSettings, Narrow, box_smooth, stride_of
+from headstart.methods.joindet import Attention, JoinDet, JoinDetSettings, Narrow, box_smooth, mirrored, stride_of
 from headstart.methods.method import Net, Priors, collate_views
 from headstart.proposals import ncut
 from headstart.settings import validate
@@ -202,21 +202,37 @@ def test_the_stride_of_a_map(size, stride):
 # ---- refresh --------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_priors_are_of_the_frozen_backbone_alone(photo):
+@pytest.mark.parametrize(("stride", "stage"), [(8, 3), (16, 4), (32, 5), (64, 5)])
+def test_the_first_priors_are_of_the_frozen_backbone_alone(photo, stride, stage):
     wrapped = detector()
-    method, net = joindet(wrapped, stage=5)
+    method, net = joindet(wrapped, stride_px=stride)
+    stride = 2**stage
     images, sizes = batch_of(photo)
     found = method.refresh(net, images, sizes, None)
     for image, (h, w), each in zip(images, sizes.tolist(), found, strict=True):
-        padded = torch.zeros_like(images[:1])
-        padded[0, :, :h, :w] = image[:, :h, :w]
-        (map_,) = wrapped.body(wrapped.normalise(padded, torch.tensor([[h, w]]))).values()
-        features = map_[0].permute(1, 2, 0).numpy()[: math.ceil(h / 32), : math.ceil(w / 32)]
-        expected = Attention(ncut.attention_map(ncut.centred(features)), 32, (h, w)).region_priors()
+        around = [(0, 0), (64, 64 + 64 - h), (64, 64 + 96 - w)]
+        framed = torch.from_numpy(np.pad(image[:, :h, :w].numpy(), around, mode="reflect"))
+        map_ = wrapped.normalise(framed[None])
+        for name, layer in wrapped.body.items():
+            map_ = layer(map_)
+            if name == f"layer{stage - 1}":
+                break
+        features = map_[0].permute(1, 2, 0).numpy()[64 // stride :, 64 // stride :]
+        features = features[: math.ceil(h / stride), : math.ceil(w / stride)]
+        expected = Attention(ncut.attention_map(ncut.centred(features)), stride, (h, w)).region_priors()
         torch.testing.assert_close(each.boxes, expected.boxes)
         torch.testing.assert_close(each.scores, expected.scores)
         assert (each.boxes <= torch.tensor([w, h, w, h])).all()
     assert any(len(each.boxes) for each in found)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (40, 96), (64, 70)])
+def test_images_are_framed_by_their_mirror_images(size):
+    image = torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    h, w = size
+    around = [(0, 0), (64, 64 + 64 - h), (64, 64 + 96 - w)]
+    expected = np.pad(image[:, :h, :w].numpy(), around, mode="reflect")
+    np.testing.assert_array_equal(mirrored(image, size), expected)
 
 
 @pytest.mark.parametrize("family", ["deformable_detr", "detr"])
@@ -261,7 +277,6 @@ def test_of_several_maps_the_one_of_the_stride_is_cut(photo, monkeypatch):
     monkeypatch.setattr(JoinDet, "attend", lambda self, map_, *others: seen.append(map_) or [])
     for stride in (8, 16, 32, 64):
         method, net = joindet(wrapped, stride_px=stride)
-        method.refresh(net, images[:0], sizes[:0], None)
         with pytest.raises(ValueError, match="zip"):
             method.refresh(net, images, sizes, [priors([], [])] * 2)
         assert seen[-1].shape[-2:] == (max(1, 64 // stride), math.ceil(96 / stride))

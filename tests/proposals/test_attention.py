@@ -58,13 +58,11 @@ def test_finds_what_stands_out():
 
 
 def test_more_rounds_only_add_boxes():
-    image, objects = scene()
+    image, _ = scene()
     one, three = (make_engine(ProposalSettings(**TINY, cut_rounds=rounds))(image, RNG) for rounds in (1, 3))
     assert len(three) > len(one) > 0
     np.testing.assert_array_equal(three[: len(one)], one)
     assert len(np.unique(three, axis=0)) == len(three)
-    # At this stride the padded border stands out first, then the square.
-    assert iou(objects, one).max() < 0.5 < iou(objects, three).max()
 
 
 def test_each_cell_sees_an_equal_share_of_the_image():

@@ -19,10 +19,13 @@ code: what the supplement does not say is as a public summary by others has it (
 
 * tau and eps are TokenCut's; the map's sign is such that its largest absolute value is foreground. Ours: the map's
   mean is taken off the features first (``centre``), without which a backbone that ends in a ReLU has nothing to cut.
+* For R_0 the backbone sees each image in a frame of its own mirror images, which is cut off its map again. Next to the
+  zeros that convolutions pad with, the frame of a photo stands out more than any object.
 * A region's score is the mean, inside its box, of the map rescaled to [0, 1]; a query's is its probability.
 * Clusters are greedy, best score first, and a box belongs to the first cluster whose first box it overlaps enough.
 * m_s = 1 leaves the supervision as it is, and m_s = 0 puts the new priors in its place, both to the letter.
-* With several maps the cut is made on the one whose stride is nearest to ``stride_px`` (the paper has C5's alone).
+* The cut is made on the map whose stride is nearest to ``stride_px``, of the backbone and of an encoder of several maps
+  (the paper has C5's alone).
 * Crops are described by the detector's own frozen backbone, C3's mean as in DETReg. Where it is wider than ``dim``, a
   fixed random projection makes it so narrow.
 * Large-scale jitter takes the place of DETReg's resizing, its canvas being the longest side of those views.
@@ -52,6 +55,7 @@ from headstart.proposals import ncut
 from headstart.views import View, hflip, jitter_scale, visible
 
 HIDDEN = 256  # f_emb
+MIRRORED_PX = 64  # a multiple of all strides
 
 
 class JoinDetSettings(DETRegSettings):
@@ -80,7 +84,10 @@ class JoinDetSettings(DETRegSettings):
     eps: float = Field(ncut.EPS, gt=0, lt=1, description="weight of an edge between cells that are not alike")
     centre: bool = Field(True, description="take the map's mean off its features before their cosines")
     stride_px: int = Field(
-        32, ge=4, description="stride of the encoder's map that is cut, where it has several; half: 16 times the graph"
+        32,
+        ge=4,
+        description="stride of the map that is cut: the backbone's at first, then the encoder's, where it has several. "
+        "Half of it: finer boxes, 16 times the graph",
     )
     dim: int = Field(256, ge=1, description="most values that f_emb describes a box with")
     jitter: tuple[float, float] | None = Field(
@@ -153,7 +160,10 @@ class JoinDet(DETReg):
         s, detector, padded = self.settings, student.detector, images.shape[-2:]
         heights_widths = sizes.tolist()
         if before is None:
-            (map_,) = detector.features(images, neck=False, sizes=sizes).values()
+            framed = torch.stack([mirrored(i, size) for i, size in zip(images, heights_widths, strict=True)])
+            map_ = detector.stage_map(framed, min(5, round(math.log2(s.stride_px))))
+            cells = MIRRORED_PX // stride_of(map_, framed.shape[-2:])
+            map_ = map_[..., cells : map_.shape[-2] - cells, cells : map_.shape[-1] - cells]
             return [attention.region_priors() for attention in self.attend(map_, padded, heights_widths)]
         answers = detector.queries(images, sizes)
         map_ = min(answers.memory, key=lambda m: abs(math.log2(stride_of(m, padded) / s.stride_px)))
@@ -237,6 +247,15 @@ class Attention:
             common.append((np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])).clip(0))
         rows, columns = common
         return ((rows @ above) * columns).sum(axis=1) / geometry.area(boxes)
+
+
+def mirrored(image: Tensor, size: Sequence[int]) -> Tensor:
+    """An image (C, H, W), of which ``size`` is no padding, with its mirror images round it and in its padding."""
+    for axis, (padded, px) in enumerate(zip(image.shape[1:], size, strict=True), 1):
+        there_and_back = max(1, 2 * (px - 1))
+        place = torch.arange(-MIRRORED_PX, padded + MIRRORED_PX, device=image.device).abs() % there_and_back
+        image = image.index_select(axis, place.minimum(there_and_back - place).clamp(max=px - 1))
+    return image
 
 
 def stride_of(map_: Tensor, padded: Sequence[int]) -> int:

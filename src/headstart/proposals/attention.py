@@ -34,6 +34,10 @@ RANDOM, IMAGENET = "random", "imagenet"
 BACKBONE = "resnet50"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the detectors' own
 
+# Cells round the image that are its mirror image, cut off again from the map: next to the zeros that convolutions pad
+# with, the frame of a photo would stand out more than any object.
+MARGIN = 2
+
 
 class Attention:
     """``version`` names the weights by a hash of them: the same ones elsewhere give the same boxes."""
@@ -94,10 +98,11 @@ class Attention:
         size = tuple(max(1, round(side * cells)) * s.features_stride for side in (width, height))
         shrinks = size[0] <= width and size[1] <= height
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        image = cv2.copyMakeBorder(image, *[MARGIN * s.features_stride] * 4, cv2.BORDER_REFLECT_101)
         pixels = torch.from_numpy(image).permute(2, 0, 1).float().div_(255)
         mean, std = (torch.tensor(value)[:, None, None] for value in (MEAN, STD))
         (found,) = self.body(((pixels - mean) / std)[None]).values()
-        return found[0].permute(1, 2, 0).numpy()
+        return found[0, :, MARGIN:-MARGIN, MARGIN:-MARGIN].permute(1, 2, 0).numpy()
 
     @contextlib.contextmanager
     def _one_thread(self) -> Iterator[None]:
