@@ -189,6 +189,18 @@ def test_pretraining_goes_on_with_the_detector_of_its_start(tmp_path, scenes, ti
         "fcos", scenes / "unlabelled", "aligndet", start=soco.path, out=tmp_path / "fcos", settings=small, **common
     )
     assert (fcos.detector.settings.fpn_channels, fcos.detector.settings.fpn_norm) == (8, "bn")
+    # A Faster R-CNN has no queries: the method's own family takes over what there is, the backbone.
+    few = {"width": 64, "num_queries": 4, "encoder_layers": 1, "decoder_layers": 1, "feedforward": 16}
+    detreg = headstart.pretrain(
+        images=scenes / "unlabelled",
+        method="detreg",
+        start=soco.path,
+        out=tmp_path / "detreg",
+        settings={"train.workers": 0, "method.crop_px": 16, **{f"detector.{k}": v for k, v in few.items()}},
+        **common,
+    )
+    settings = detreg.detector.settings
+    assert (settings.name, settings.backbone, settings.short_side_px) == ("deformable_detr", "resnet18", 64)
 
 
 def test_frozen_parts_want_weights_that_fit(tmp_path, scenes, tiny):

@@ -32,13 +32,16 @@ SUMMARIES = {  # for `headstart pretrain --help`, which must not import torch
 
 def table() -> list[list[str]]:
     """Which method pretrains which detector: a header, and a row a detector family, "yes" or ""."""
-    from headstart.detectors import FAMILIES, family
+    from headstart.detectors import FAMILIES
 
-    rows = [["", *METHODS]]
-    for name in FAMILIES:
-        abilities = family(name).abilities
-        rows.append([name, *("yes" if method_type(m).needs.keys() <= abilities else "" for m in METHODS)])
-    return rows
+    return [["", *METHODS], *([name, *("yes" if goes_with(m, name) else "" for m in METHODS)] for name in FAMILIES)]
+
+
+def goes_with(method: str, detector: str) -> bool:
+    """Whether detectors of this family can do what the method needs."""
+    from headstart.detectors import family
+
+    return method_type(method).needs.keys() <= family(detector).abilities
 
 
 def method_type(name: str) -> type[Method]:

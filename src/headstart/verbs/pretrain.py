@@ -262,7 +262,7 @@ def pretrain(
 
     Args:
         detector: a family's name ("mask_rcnn"), or a torchvision detector object, which is trained in place; None:
-            the recipe's, or what ``start`` was, or the method's own.
+            the recipe's, or what ``start`` was where the method can train such a one, or the method's own.
         images: folder, read with all its subfolders and the .tar shards in it; or one .tar file.
         method: name of the pretraining method; None: the recipe's, or "soco".
         out: run folder; unset: ``runs/METHOD-DETECTOR``.
@@ -294,7 +294,9 @@ def pretrain(
         raise SettingsError(f"--recipe {recipe}: is for method {named}, not {method}")
     method = method or named or "soco"
     base = {} if given is not None or start is None else detector_of(start)
-    family = section.get("detector", {}).get("name") or base.get("name") or methods.method_type(method).detector
+    before = base.get("name")
+    kept = before if before is not None and methods.goes_with(method, before) else methods.method_type(method).detector
+    family = section.get("detector", {}).get("name") or kept
     name = detector if isinstance(detector, str) else family
     kind = config_type(method, name)
     explicit = {
