@@ -613,3 +613,28 @@ def test_fine_tuning_and_evaluating_a_folder(tmp_path, scenes):
         "preprocessor_config.json",
         "model.safetensors",
     }
+
+
+def test_pretraining_from_a_folder(tmp_path, scenes):
+    theirs("two_stage").save_pretrained(tmp_path / "folder")
+    done = headstart.pretrain(
+        images=scenes / "unlabelled",
+        method="detreg",
+        start=tmp_path / "folder",
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=2,
+        settings={
+            "detector.short_side_px": 64,
+            "detector.long_side_px": 96,
+            "proposals.engine": "random_patches",
+            "train.workers": 0,
+        },
+        show=False,
+    )
+    assert done.detector.settings.two_stage
+    loaded_from = json.loads((tmp_path / "run" / "run.json").read_text())["load_report"]
+    assert not loaded_from["unexpected"]
+    assert not loaded_from["reshaped"]
+    report = load_start(ours("two_stage"), tmp_path / "run")
+    assert all(key.startswith("class_embed.") for key in report.missing)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.detectors.backbones import resnets
+from headstart.detectors.backbones import SWIN, resnets
 from headstart.detectors.formats import originals
 from headstart.detectors.formats.renaming import Rule, Translated, refuse_composite, translate, translate_back
 from headstart.errors import SettingsError, WeightsError
@@ -231,7 +231,6 @@ def model_settings(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         "activation_dropout": settings["dropout"],
         # The decoder's norm between its layers, where DETR has none, is what this does to transformers' DETR.
         "auxiliary_loss": kind == "deformable_detr",
-        "dtype": "float32",
         **_losses(settings),
         **_backbone_config(str(settings["backbone"]), settings.get("levels")),
     }
@@ -304,6 +303,7 @@ def _backbone_config(backbone: str, levels: int | None) -> dict[str, Any]:
     last = {stride: number for number, stride in enumerate(strides)}
     return {
         "use_timm_backbone": False,
+        "backbone": None,
         "use_pretrained_backbone": False,
         "backbone_config": {
             "model_type": "timm_backbone",
@@ -336,6 +336,7 @@ def facts(backbone: str) -> Facts:
     import timm
     from torch import nn
 
+    backbone = SWIN.get(backbone, backbone)
     if not timm.is_model(backbone):
         return Facts((), "timm has no network of that name")
     try:
@@ -347,7 +348,7 @@ def facts(backbone: str) -> Facts:
     reason = ""
     if getattr(net, "output_fmt", "NCHW") == "NHWC":
         reason = "its maps have their channels last, and they are taken as they are"
-    elif hasattr(getattr(net, "patch_embed", None), "img_size") or hasattr(net, "model"):
+    elif getattr(getattr(getattr(net, "model", net), "patch_embed", None), "img_size", None):
         reason = "it is built for images of one size"
     elif any(type(norm) is not nn.BatchNorm2d for norm in norms):
         reason = "its batch norms have activations, which they leave out when they freeze them"
