@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import headstart
 from headstart import detectors, methods
 from headstart.detectors.set_loss import Objects
 from headstart.errors import SettingsError
 from headstart.methods import crops
-from headstart.methods.joindet import Attention, JoinDet, JoinDetSettings, Narrow, box_smooth, mirrored, stride_of
+from headstart.methods.joindet import EigenAttention, JoinDet, JoinDetSettings, Narrow, box_smooth, mirrored, stride_of
 from headstart.methods.method import Net, Priors, collate_views
 from headstart.proposals import ncut
 from headstart.settings import validate
@@ -150,13 +153,13 @@ def test_merging_by_nms_and_by_replacing():
 # ---- priors of a map ------------------------------------------------------------------------------------------------
 
 
-def planted() -> Attention:
+def planted() -> EigenAttention:
     M = np.zeros((3, 4))
     M[0:2, 1:3] = 1.0
-    return Attention(M, 32, (80, 120))  # the last row and column of cells reach beyond the image
+    return EigenAttention(M, 32, (80, 120))  # the last row and column of cells reach beyond the image
 
 
-def plain_share(attention: Attention, box) -> float:
+def plain_share(attention: EigenAttention, box) -> float:
     """Of a box of whole px, px by px."""
     map_ = attention.M
     above = map_ > map_.mean()
@@ -169,13 +172,13 @@ def test_region_priors_are_px_of_the_image():
     found = planted().region_priors()
     torch.testing.assert_close(found.boxes, torch.tensor([[32.0, 0, 96, 64]]))
     torch.testing.assert_close(found.scores, torch.tensor([1.0]))
-    whole = Attention(np.array([[0.0, 0], [0, 1]]), 32, (50, 60)).region_priors()
+    whole = EigenAttention(np.array([[0.0, 0], [0, 1]]), 32, (50, 60)).region_priors()
     torch.testing.assert_close(whole.boxes, torch.tensor([[32.0, 32, 60, 50]]))
 
 
 def test_the_share_of_foreground_is_counted_by_px():
     rng = np.random.default_rng(0)
-    attention = Attention(rng.random((3, 4)), 32, (80, 120))
+    attention = EigenAttention(rng.random((3, 4)), 32, (80, 120))
     corners = np.sort(rng.integers(0, [120, 80], (40, 2, 2)), axis=1)
     boxes = np.concatenate([corners[:, 0], corners[:, 1] + 1], axis=1).clip(0, [120, 80, 120, 80])
     np.testing.assert_allclose(attention.share(boxes), [plain_share(attention, box) for box in boxes.tolist()])
@@ -219,7 +222,7 @@ def test_the_first_priors_are_of_the_frozen_backbone_alone(photo, stride, stage)
                 break
         features = map_[0].permute(1, 2, 0).numpy()[64 // stride :, 64 // stride :]
         features = features[: math.ceil(h / stride), : math.ceil(w / stride)]
-        expected = Attention(ncut.attention_map(ncut.centred(features)), stride, (h, w)).region_priors()
+        expected = EigenAttention(ncut.attention_map(ncut.centred(features)), stride, (h, w)).region_priors()
         torch.testing.assert_close(each.boxes, expected.boxes)
         torch.testing.assert_close(each.scores, expected.scores)
         assert (each.boxes <= torch.tensor([w, h, w, h])).all()
@@ -335,7 +338,9 @@ def test_an_image_without_priors_teaches_that_there_is_nothing(family, photo):
     assert all(torch.isfinite(term) for term in terms.values())
     sum(terms.values()).backward()
     assert net.heads["f_cls"].weight.grad.abs().sum() > 0
-    assert method.watch((), None)["objects"] == 0
+    watched = method.watch((), None)
+    assert watched["objects"] == 0
+    assert "stands out" in method.warnings(watched)
 
 
 def test_the_embedding_head_has_two_hidden_layers_of_256():
@@ -386,3 +391,53 @@ def test_it_needs_queries_and_a_trained_backbone():
 def test_settings_out_of_range(bad):
     with pytest.raises(SettingsError):
         validate(JoinDetSettings, bad)
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def go(scenes, tmp_path):
+    """Pretrain for five steps of four of twelve images, with new boxes every epoch."""
+
+    def call(name, **more):
+        settings = {f"detector.{k}": v for k, v in {**TINY, **SINGLE}.items() if k != "backbone"}
+        settings |= {"method.update_epochs": 1, "method.foreground": 0.2, "method.t": 0.2, "train.workers": 0}
+        return headstart.pretrain(
+            "deformable_detr", scenes / "unlabelled", "joindet", out=tmp_path / name, backbone="resnet18",
+            start="scratch", max_steps=5, batch_size=4, settings={**settings, "train.checkpoint_every": 1},
+            show=False, **more,
+        )  # fmt: skip
+
+    return call
+
+
+def boxes_of(run) -> dict[str, list]:
+    return {file.name: pq.read_table(file)["boxes"].to_pylist() for file in sorted((run / "priors").glob("*.parquet"))}
+
+
+def test_a_run_makes_its_own_boxes_and_resumes_to_the_same(go, monkeypatch):
+    whole = go("whole")
+    boxes = boxes_of(whole.path)
+    assert list(boxes) == ["000000.parquet", "000003.parquet"]
+    assert boxes["000000.parquet"] != boxes["000003.parquet"]
+    weights = load_file(whole.weights)
+    assert {key.split(".")[0] for key in weights} >= {"backbone", "transformer", "bbox_embed", "query_embed"}
+    assert not any(key.startswith("class_embed") for key in weights)
+    count, loss = 0, JoinDet.loss
+
+    def interrupted(self, *arguments):
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise KeyboardInterrupt
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(JoinDet, "loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        go("cut")
+    monkeypatch.undo()
+    resumed = go("cut", resume=True)
+    assert boxes_of(resumed.path) == boxes
+    again = load_file(resumed.weights)
+    assert all(torch.equal(value, again[key]) for key, value in weights.items())

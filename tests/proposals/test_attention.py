@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import headstart
+from headstart import cli
 from headstart.boxes import iou
+from headstart.datasets.image_set import ImageSet
 from headstart.detectors import backbones
 from headstart.errors import RunError, SettingsError, WeightsError
 from headstart.proposals import READ_BY, ProposalSettings, make_engine
 from headstart.proposals.attention import Attention, state_hash
 from headstart.proposals.finder import Finder
 from headstart.proposals.store import ProposalStore
+from headstart.verbs.pretrain import _FromFile, _OnTheFly
 
 RNG = np.random.default_rng(0)
 TINY = {
@@ -219,3 +223,28 @@ def test_other_engines_do_not_wait_for_torch():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_on_the_fly_gives_the_very_boxes_of_the_file(scenes, tmp_path):
+    settings = ProposalSettings(**TINY, **OFF)
+    folder = scenes / "unlabelled"
+    store = ProposalStore.open(
+        headstart.propose(folder, tmp_path / "p.parquet", settings=settings, workers=0, progress=False).path
+    )
+    kept, found = _FromFile(store), _OnTheFly(ImageSet(folder), Finder(settings))
+    for i in range(3):
+        np.testing.assert_array_equal(kept(i)[0], found(i)[0])
+
+
+def test_on_the_command_line(scenes, tmp_path):
+    out = tmp_path / "p.parquet"
+    arguments = ["propose", str(scenes / "unlabelled"), "--out", str(out), "--workers", "0", "--engine", "attention"]
+    failed = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(failed.exception, SettingsError)
+    assert "--weights" in str(failed.exception)
+    more = ["--backbone", "resnet18", "--weights", "random", "--set", "features_px=64", "--set", "cut_rounds=1"]
+    done = CliRunner().invoke(cli.app, [*arguments, *more])
+    assert done.exit_code == 0, done.output
+    made = ProposalStore.open(out)
+    assert made.metadata["engine_version"].startswith("1 resnet18 ")
+    assert (made.settings["features_px"], made.settings["cut_rounds"]) == (64, 1)

@@ -7,8 +7,8 @@ The detector makes its own boxes: every few epochs from what stands out in its e
 call an object there, smoothed with the boxes it was trained on before. In between it is trained as DETReg is.
 
     Supplement 4, eigen attention map M      proposals/ncut.py
-    Region priors                            Attention.region_priors
-    Instance priors                          Attention.share, JoinDet.refresh
+    Region priors                            EigenAttention.region_priors
+    Instance priors                          EigenAttention.share, JoinDet.refresh
     Box Smooth Module, m^s                   box_smooth
     Supervision R_n                          JoinDet.refresh
     f_cls, f_emb, losses                     JoinDet.heads, DETReg.loss
@@ -183,7 +183,7 @@ class JoinDet(DETReg):
             refreshed.append(self.merged(Priors(old.boxes.cpu().float(), old.scores.cpu().float()), new))
         return refreshed
 
-    def attend(self, map_: Tensor, padded: Sequence[int], sizes: Sequence[Sequence[int]]) -> list[Attention]:
+    def attend(self, map_: Tensor, padded: Sequence[int], sizes: Sequence[Sequence[int]]) -> list[EigenAttention]:
         """The eigen attention of each image of a batch, from features (B, C, h, w) of padded images."""
         s, stride = self.settings, stride_of(map_, padded)
         maps = map_.float().permute(0, 2, 3, 1).cpu().numpy()
@@ -191,7 +191,7 @@ class JoinDet(DETReg):
         for features, (height, width) in zip(maps, sizes, strict=True):
             features = features[: math.ceil(height / stride), : math.ceil(width / stride)]  # what lies on the image
             features = ncut.centred(features) if s.centre else features
-            found.append(Attention(ncut.attention_map(features, s.tau, s.eps), stride, (height, width)))
+            found.append(EigenAttention(ncut.attention_map(features, s.tau, s.eps), stride, (height, width)))
         return found
 
     def merged(self, old: Priors, new: Priors) -> Priors:
@@ -204,9 +204,19 @@ class JoinDet(DETReg):
         kept = nms(boxes, scores, s.iou)
         return Priors(boxes[kept], scores[kept])
 
+    # ---- health -----------------------------------------------------------------------------------------------
+
+    def warnings(self, watched: Mapping[str, Any]) -> str | None:
+        if watched and not watched["objects"]:
+            return (
+                "no image of this batch has a box to find: nothing stands out in the maps (all boxes: priors/ in the run "
+                "folder). Start from a trained backbone (--start), or cut a finer map (--set method.stride_px=16)"
+            )
+        return super().warnings(watched)
+
 
 @dataclass(frozen=True)
-class Attention:
+class EigenAttention:
     """An image's eigen attention map.
 
     Attributes:
