@@ -467,7 +467,7 @@ def fit(
             bar.advance(1)
 
             stopping = stop_asked() if world == 1 else distributed.any_process(stop_asked(), device)
-            if step % settings.log_every == 0 or step == total or stopping:
+            if step % settings.log_every == 0 or step == total or stopping or due(step):
                 means = {k: float(distributed.mean(v) / counted) for k, v in sums.items()}
                 _check_finite(sums["loss"], terms, step - 1, run.path, rate)
                 last_loss = means.pop("loss")

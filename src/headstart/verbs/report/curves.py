@@ -103,7 +103,7 @@ def _pretraining(run: Run, name: str) -> Pretraining:
 
 
 def finetuning(runs: Sequence[Run], looks: Looks) -> tuple[list[Shown], list[Key]]:
-    """Loss by step, a figure a label budget, a line a way of starting."""
+    """Loss by step, and AP where it was measured on the way; a figure a label budget, a line a way of starting."""
     shown = []
     mine = [run for run in runs if run.kind == "finetune" and run.log]
     sized = sorted(mine, key=lambda run: (run.labelled_images is None, run.labelled_images or 0))
@@ -113,7 +113,8 @@ def finetuning(runs: Sequence[Run], looks: Looks) -> tuple[list[Shown], list[Key
         for start in looks.starts:
             members = [run for run in here if run.key.start == start]
             if members:
-                lines.append(_aligned(members, looks.labels[start], looks.looks[start]))
+                logs = [run.log for run in members]
+                lines.append(_aligned(logs, ("loss",), looks.labels[start], looks.looks[start]))
         points = max(len(line.steps) for line in lines)
         title = words.budget_title(here[0].key, here[0].labelled_images)
         shown.append(
@@ -131,7 +132,29 @@ def finetuning(runs: Sequence[Run], looks: Looks) -> tuple[list[Shown], list[Key
                 f"seed. {_smoothing(points)}",
             )
         )
+        shown += _validated(here, looks, f"valid{i}", title)
     return shown, looks.keys(run.key.start for run in mine)
+
+
+def _validated(runs: Sequence[Run], looks: Looks, name: str, title: str) -> list[Shown]:
+    """AP by step of the runs of one label budget that were evaluated on the way, if there are any."""
+    lines = []
+    for start in looks.starts:
+        logs = [run.validations for run in runs if run.key.start == start and run.validations]
+        if logs:
+            lines.append(_aligned(logs, ("validation", "AP"), looks.labels[start], looks.looks[start], 100.0))
+    if not lines:
+        return []
+    figure = figures.curves(
+        lines,
+        name,
+        f"AP on the validation images with {title}, in percent. Best values: "
+        + "; ".join(f"{line.label} {np.nanmax(line.values, initial=0):.3g}" for line in lines),
+        title=title[0].upper() + title[1:],
+        ylabel="validation AP, %",
+        zero=True,
+    )
+    return [Shown(figure, "AP on the validation images while training; the best weights are those that are kept.")]
 
 
 def _smoothing(points: int) -> str:
@@ -139,12 +162,15 @@ def _smoothing(points: int) -> str:
     return f"Moving mean over {window} logged steps." if window > 1 else ""
 
 
-def _aligned(runs: Sequence[Run], label: str, look: Look) -> Curve:
-    steps = np.array(sorted({entry["step"] for run in runs for entry in run.log}), np.float64)
-    values = np.full((len(runs), len(steps)), np.nan)
-    for row, run in enumerate(runs):
-        places = np.searchsorted(steps, [entry["step"] for entry in run.log])
-        values[row, places] = _column(run.log, "loss")
+def _aligned(
+    logs: Sequence[Sequence[dict[str, Any]]], keys: Sequence[str], label: str, look: Look, scale: float = 1.0
+) -> Curve:
+    """What ``keys`` lead to in the lines of several runs' logs, times ``scale``."""
+    steps = np.array(sorted({entry["step"] for log in logs for entry in log}), np.float64)
+    values = np.full((len(logs), len(steps)), np.nan)
+    for row, log in enumerate(logs):
+        places = np.searchsorted(steps, [entry["step"] for entry in log])
+        values[row, places] = scale * _column(log, *keys)
     return Curve(label, look, steps, values)
 
 

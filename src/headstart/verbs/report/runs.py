@@ -69,6 +69,7 @@ class Run:
     status: str
     record: dict[str, Any]  # run.json
     log: list[dict[str, Any]]
+    validations: list[dict[str, Any]] = field(default_factory=list)  # lines of the log of evaluations on the way
     evaluations: list[Evaluation] = field(default_factory=list)
     label_ids: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
@@ -197,7 +198,7 @@ def read_run(path: Path) -> Run:
         raise RunError(f'{path / "run.json"}: "kind" is {kind!r}; expected "pretrain" or "finetune"')
 
     run = Run(path, kind, str(record.get("status", "unknown")), record, log=[])
-    run.log = _read_log(path / "log.jsonl", run.notes)
+    run.log, run.validations = _read_log(path / "log.jsonl", run.notes)
     for file in sorted(path.glob("eval*.json"), key=lambda f: (f.name != "eval.json", f.name)):
         evaluation = _read_evaluation(file, run.notes)
         if evaluation is not None:
@@ -206,11 +207,12 @@ def read_run(path: Path) -> Run:
     return run
 
 
-def _read_log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """Steps in order, each once: a resumed run writes again what came after its last checkpoint."""
+def _read_log(file: Path, notes: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Steps, and validations, in order, each once: a resumed run writes again what came after its last checkpoint."""
     if not file.is_file():
-        return []
+        return [], []
     by_step: dict[int, dict[str, Any]] = {}
+    validations: dict[int, dict[str, Any]] = {}
     unreadable = 0
     with open(file, encoding="utf-8", errors="replace") as handle:
         for line in handle:
@@ -218,14 +220,12 @@ def _read_log(file: Path, notes: list[str]) -> list[dict[str, Any]]:
                 continue
             try:
                 entry = json.loads(line)
-                if "validation" in entry:
-                    continue  # stands beside the step's own line
-                by_step[int(entry["step"])] = entry
+                (validations if "validation" in entry else by_step)[int(entry["step"])] = entry
             except (ValueError, TypeError, KeyError):
                 unreadable += 1
     if unreadable:
         notes.append(f"{file}: {unreadable} unreadable line{'s' * (unreadable > 1)} left out")
-    return [by_step[step] for step in sorted(by_step)]
+    return [by_step[step] for step in sorted(by_step)], [validations[step] for step in sorted(validations)]
 
 
 def _read_evaluation(file: Path, notes: list[str]) -> Evaluation | None:
