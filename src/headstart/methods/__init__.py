@@ -25,8 +25,8 @@ SUMMARIES = {  # for `headstart pretrain --help`, which must not import torch
     "aligndet": "Neck and heads of any detector, on a frozen backbone: box contrast and regression (Li et al., 2023)",
     "detreg": "DETR and its kin find Selective Search's boxes, and say what a backbone says of them (Bar et al., 2022)",
     "updetr": "DETR and its kin find random patches that their queries are told of (Dai et al., 2021)",
-    "joindet": "DETR and its kin find what stands out in their own maps, over and over (Wang et al., NeurIPS 2022)",
     "proseco": "All of a detector with queries, on a frozen backbone: proposal contrast (Bouniot et al., ICLR 2023)",
+    "joindet": "DETR and its kin find what stands out in their own maps, over and over (Wang et al., NeurIPS 2022)",
 }
 
 

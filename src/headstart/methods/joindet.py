@@ -209,8 +209,9 @@ class JoinDet(DETReg):
     def warnings(self, watched: Mapping[str, Any]) -> str | None:
         if watched and not watched["objects"]:
             return (
-                "no image of this batch has a box to find: nothing stands out in the maps (all boxes: priors/ in the run "
-                "folder). Start from a trained backbone (--start), or cut a finer map (--set method.stride_px=16)"
+                "no image of this batch has a box to find: nothing stands out in the maps (all boxes are in priors/ in "
+                "the run folder). Start from a trained backbone (--start), or cut a finer map (--set "
+                "method.stride_px=16)"
             )
         return super().warnings(watched)
 
