@@ -132,7 +132,16 @@ def _plain(value: Any) -> Any:
 
 
 def versions() -> dict[str, str]:
-    names = ["torch", "torchvision", "timm", "numpy", "pillow", "opencv-contrib-python-headless"]
+    names = [
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "pillow",
+        "opencv-contrib-python-headless",
+    ]
     found = {"python": platform.python_version()}
     for name in [*names, "pyarrow", "faster-coco-eval"]:
         try:
