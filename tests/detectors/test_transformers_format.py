@@ -144,6 +144,11 @@ def test_settings_of_a_folder(tmp_path):
     expected |= {"dropout": 0.1, "short_side_px": 64, "long_side_px": 96, "image_mean": [0.5, 0.4, 0.3]}
     assert expected.items() <= found.items()
     assert (found["class_cost"], found["l1_cost"], found["giou_weight"]) == (1, 5, 2)
+    old = {"feature_extractor_type": "DetrFeatureExtractor", "size": 800, "max_size": 1333, "do_normalize": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    found = detector_of(tmp_path)
+    assert (found["short_side_px"], found["long_side_px"]) == (800, 1333)
+    assert (found["image_mean"], found["image_std"]) == ([0, 0, 0], [1, 1, 1])
 
 
 def memory_names(folder):
