@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 
@@ -297,6 +298,7 @@ REFUSED = {
         r"do not belong together \(encoder_layers 1000000000, 2\)",
     ),
     "too wide": (changed(d_model=10**6), WeightsError, r"do not belong together \(width 1000000, 64\)"),
+    "too many": (changed(id2label=None, num_labels=10**12), SettingsError, "num_labels 1000000000000; expected 100000"),
     "labels": (changed(id2label={"1": "screw"}), SettingsError, "id2label: expected a name for each number from 0"),
     "hub": (changed(backbone_config={**TIMM, "backbone": "hf-hub:me/net"}), SettingsError, "no network of that name"),
     "swin": (
@@ -346,6 +348,27 @@ def test_what_can_not_be_is_refused_with_the_reason(tmp_path, saved, name):
     change(folder)
     with pytest.raises(error, match=message):
         detector_of(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_values_of_any_kind_are_read_or_refused(tmp_path, file):
+    """Never an error of Python's own, whatever is in the place of whatever value."""
+    theirs("two_stage").save_pretrained(tmp_path)
+    transformers.DeformableDetrImageProcessor().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / file).read_text())
+    for name in [*config, "use_timm_backbone", "backbone", "backbone_kwargs", "num_labels"]:
+        for value in ("x", 3.5, -1, [], ["x"], {}, {"x": 1}, None, True):
+            (tmp_path / file).write_text(json.dumps({**config, name: value}))
+            with contextlib.suppress(HeadstartError):
+                detectors.parse_settings(detector_of(tmp_path))
+                folders.read_classes(tmp_path)
+
+
+def test_more_places_than_the_weights_are_for(tmp_path):
+    theirs("plain").save_pretrained(tmp_path)
+    changed(encoder_n_points=10**9, decoder_n_points=10**9)(tmp_path)
+    with pytest.raises(WeightsError, match=r"do not belong together \(points 1000000000, 4\)"):
+        detector_of(tmp_path)
 
 
 def test_damaged_weights(tmp_path, saved):

@@ -7,6 +7,7 @@ is held against the weights before it is built.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from headstart.files import read_json, replacing, write_json
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
+MOST_CLASSES = 100_000  # without names; beyond it, a file does not mean it
 _RESNETS = {  # transformers' own, by what their configurations say
     ("basic", (2, 2, 2, 2)): "resnet18",
     ("basic", (3, 4, 6, 3)): "resnet34",
@@ -74,6 +76,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
         SettingsError: it is another model, or one that the detectors here can't be; the message says why.
         WeightsError: the weights are missing, or not those that ``config.json`` speaks of.
     """
+    try:
+        settings = _settings(folder)
+        _check_shapes(folder, settings)
+    except (TypeError, ValueError, AttributeError) as error:  # a list for a number, a word for a list, ...
+        raise SettingsError(f"{folder}: {CONFIG} or {PROCESSOR} has a value of another kind ({error})") from error
+    return settings
+
+
+def _settings(folder: Path) -> dict[str, Any]:
     config = _read_config(folder)
     kind, where = config["model_type"], folder / CONFIG
     _refuse_others(config, kind, where)
@@ -109,9 +120,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     settings |= {here: config[there] for here, there in LOSSES.items() if there in config}
     if kind == "deformable_detr":
         settings.pop("no_object", None)  # focal: there is none
-    settings |= _read_processor(folder)
-    _check_shapes(folder, settings)
-    return settings
+    return settings | _read_processor(folder)
 
 
 def read_weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -143,11 +152,15 @@ def read_classes(folder: Path) -> list[str]:
     config = _read_config(folder)
     given = config.get("id2label")
     if given is None:
-        return [f"LABEL_{number}" for number in range(int(config.get("num_labels", 2)))]
+        labels = _number({"num_labels": 2, **config}, "num_labels", folder / CONFIG)
+        if labels > MOST_CLASSES:
+            raise SettingsError(f"{folder / CONFIG}: num_labels {labels}; expected {MOST_CLASSES} at most")
+        return [f"LABEL_{number}" for number in range(labels)]
     if not isinstance(given, Mapping) or not given or set(given) != {str(number) for number in range(len(given))}:
         raise SettingsError(f"{folder / CONFIG}: id2label: expected a name for each number from 0 on")
     names = [str(given[str(number)]) for number in range(len(given))]
-    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
+    times = Counter(names)
+    return [name if times[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -155,7 +168,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = _read_mapping(folder, CONFIG)
     kind = config.get("model_type")
     architectures = config.get("architectures") or []
-    if kind not in MODELS or any("Segmentation" in str(name) for name in architectures):
+    if not isinstance(kind, str) or kind not in MODELS or any("Segmentation" in str(name) for name in architectures):
         said = f"model_type {kind!r}, {architectures}"
         raise SettingsError(f"{folder / CONFIG}: {said}; expected a {' or a '.join(MODELS.values())}")
     return {**_COMMON_DEFAULTS, **_DEFAULTS[kind], **config}
@@ -294,6 +307,10 @@ def _check_shapes(folder: Path, settings: Mapping[str, Any]) -> None:
         "width": shapes.get(first, (0, 0))[1],
         "num_queries": queries[0],
     }
+    if "points" in settings:
+        a_point = max(1, settings["heads"] * settings["levels"])
+        weights = shapes.get("model.encoder.layers.0.self_attn.attention_weights.bias", (0,))
+        found["points"] = weights[0] // a_point
     wrong = [f"{name} {settings[name]}, {value}" for name, value in found.items() if settings[name] != value]
     if wrong:
         raise WeightsError(f"{folder}: {CONFIG} and the weights do not belong together ({'; '.join(wrong)})")
