@@ -78,7 +78,11 @@ class JoinDetSettings(DETRegSettings):
     )
     t: float = Field(0.5, ge=0, le=1, description="share of a query's box that has to be foreground of the map")
     foreground: float = Field(
-        0.5, ge=0, le=1, description="probability from which on a query has found something; 0.5: the likelier of two"
+        0.5,
+        ge=0,
+        le=1,
+        description="probability from which on a query has found something; 0.5: the likelier of two, which focal loss "
+        "reaches late, and short runs never",
     )
     tau: float = Field(ncut.TAU, ge=-1, le=1, description="cosine from which on two cells of the map are alike")
     eps: float = Field(ncut.EPS, gt=0, lt=1, description="weight of an edge between cells that are not alike")
