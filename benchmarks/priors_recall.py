@@ -1,12 +1,13 @@
 """How boxes without classes cover labelled objects: JoinDet's priors after each refresh, beside Selective Search's.
 
-    python benchmarks/priors_recall.py RUN LABELS [--photos FOLDER] [--images 500] [--engines selective_search ...]
+    python benchmarks/priors_recall.py LABELS --run RUN [--photos FOLDER] [--images 500] [--engines NAME ...]
+    python benchmarks/priors_recall.py LABELS --weights FILE --backbone resnet18
 
 RUN is a run of ``headstart pretrain joindet`` whose photos are, some of them, those of LABELS (COCO JSON or VOC): they
 are told by their file names. Each line: class-agnostic AP, AP50 and AR@100 (COCO's, IoU .5 to .95), on the same images,
-and boxes an image. Selective Search, random boxes, and whatever else ``--engines`` names are made anew, without a
-filter; their first box counts as the surest. ``attention`` cuts the features of the backbone that RUN ended with, which
-JoinDet leaves as it came.
+and boxes an image. Selective Search, attention proposals, random boxes, and whatever else ``--engines`` names are made
+anew, without a filter; their first box counts as the surest. ``attention`` cuts the features of ``--weights``, or of
+the backbone that RUN ended with, which JoinDet leaves as it came. Without ``--run``: these engines alone.
 """
 
 from __future__ import annotations
@@ -24,16 +25,15 @@ from headstart.datasets.detection import Category, DetectionData, load_detection
 from headstart.datasets.images import decode
 from headstart.proposals import ProposalSettings
 from headstart.proposals.finder import Finder
-from headstart.runs import DETECTOR_FILE
 
 MOST = 100  # boxes an image that count
 NO_FILTER = {"aspect_max": None, "size_min": 0.0, "size_max": 1.0}
 Found = tuple[np.ndarray, np.ndarray]  # boxes (k, 4) xyxy px, scores (k,)
 
 
-def nameless(data: DetectionData, known: set[str], most: int) -> DetectionData:
-    """At most ``most`` of the images that the run has seen, evenly out of all; every object of one class."""
-    seen = [i for i, image in enumerate(data.images) if Path(image.file_name).name in known]
+def nameless(data: DetectionData, known: set[str] | None, most: int) -> DetectionData:
+    """At most ``most`` of the images whose names are ``known``, evenly out of all; every object of one class."""
+    seen = [i for i, image in enumerate(data.images) if known is None or Path(image.file_name).name in known]
     chosen = sorted({seen[i] for i in np.linspace(0, len(seen) - 1, most).astype(int)}) if seen else []
     for of_image in data.annotations:
         of_image.labels[:] = 1
@@ -87,18 +87,20 @@ def of_engine(settings: ProposalSettings, data: DetectionData) -> Iterator[Found
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="run folder with priors/")
     parser.add_argument("labels", type=Path, help="COCO JSON or VOC")
+    parser.add_argument("--run", type=Path, help="run folder with priors/")
+    parser.add_argument("--weights", help="of attention: run folder, weights file, imagenet or random")
+    parser.add_argument("--backbone", help="of attention: that of the run, if not set")
     parser.add_argument("--photos", type=Path, help="folder of the labelled images")
     parser.add_argument("--images", type=int, default=500, help="labelled images, at most")
     parser.add_argument("--engines", nargs="*", default=["selective_search", "attention", "random_patches"])
     options = parser.parse_args()
-    files = sorted((options.run / "priors").glob("*.parquet"))
-    if not files:
+    files = sorted((options.run / "priors").glob("*.parquet")) if options.run else []
+    if options.run and not files:
         print(f"{options.run}: no priors/*.parquet; expected a run whose method makes its own boxes")
         return 2
-    first = of_file(files[0])
-    data = nameless(load_detection_data(options.labels, options.photos), set(first), options.images)
+    known = set(of_file(files[0])) if files else None
+    data = nameless(load_detection_data(options.labels, options.photos), known, options.images)
     if not data.images:
         print(f"{options.labels}: none of its images was among the photos of {options.run}")
         return 2
@@ -109,10 +111,11 @@ def main() -> int:
         found = of_file(file)
         cells = row(data, [found[Path(image.file_name).name] for image in data.images])
         print(f"| R_{number}, from step {int(file.stem)} | {cells} |", flush=True)
+    weights = options.weights or options.run
     for name in options.engines:
-        own = {"features_weights": str(options.run)} if name == "attention" else {}
-        if own and not (options.run / DETECTOR_FILE).is_file():
-            continue  # a run that has not finished
+        own = {"features_weights": str(weights), "features_backbone": options.backbone} if name == "attention" else {}
+        if own and weights is None:
+            continue
         settings = ProposalSettings.model_validate({"engine": name, "random_boxes": MOST, **NO_FILTER, **own})
         print(f"| {name} | {row(data, list(of_engine(settings, data)))} |", flush=True)
     return 0
