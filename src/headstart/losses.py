@@ -110,24 +110,22 @@ class _Rows(torch.autograd.Function):
             if lambda_sce < 1 and len(others) > 1:  # a single object resembles nothing
                 relations = (z / tau_t) @ others.T
                 relations.scatter_(1, first + number[:, None], -torch.inf)
-                relations = _exp_shifted_(relations)[0]
-                relations *= (1 - lambda_sce) / relations.sum(dim=1, keepdim=True)
+                relations = relations.softmax(dim=1).mul_(1 - lambda_sce)
             wanted = lambda_sce * positive.sum(dim=1) + (0 if relations is None else 1 - lambda_sce)
 
-            logits = (z / tau) @ students.T
-            attracted = lambda_sce * (positive * logits.gather(1, own)).sum(dim=1)
+            # One pass each, fused, and no product of two matrices by a batched matmul: on a GPU passes are what counts.
+            log_shares = ((z / tau) @ students.T).log_softmax(dim=1)
+            attracted = lambda_sce * (positive * log_shares.gather(1, own)).sum(dim=1)
             if relations is not None:
-                attracted += torch.linalg.vecdot(relations, logits)
-            shares, highest = _exp_shifted_(logits)
-            sums = shares.sum(dim=1)
-            total += (wanted * (sums.log() + highest) - attracted).sum()
+                attracted += (relations * log_shares).sum(dim=1)
+            total -= attracted.sum()
             if gradient is not None:
                 # Of a logit: its share of the row, times all that is wanted there, less what is wanted of it.
-                shares *= (wanted / sums)[:, None]
+                wrong = log_shares.exp_().mul_(wanted[:, None])
                 if relations is not None:
-                    shares -= relations
-                shares.scatter_add_(1, own, -lambda_sce * positive)
-                gradient.addmm_(shares.T, z, alpha=1 / tau)
+                    wrong -= relations
+                wrong.scatter_add_(1, own, -lambda_sce * positive)
+                gradient.addmm_(wrong.T, z, alpha=1 / tau)
         ctx.dtype = columns.dtype
         if gradient is not None:
             ctx.save_for_backward(gradient)
@@ -147,9 +145,3 @@ def _positives(boxes: Tensor, image: Tensor, place: Tensor, delta: float) -> Ten
         return itself
     overlaps = geometry.iou(boxes[image, place][:, None], boxes[image])[:, 0]
     return itself | (overlaps >= delta)
-
-
-def _exp_shifted_(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``exp(values - highest)`` in place, and each row's highest (R,)."""
-    highest = values.amax(dim=1)
-    return values.sub_(highest[:, None]).exp_(), highest
