@@ -24,6 +24,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/selective_search.py
 	$(BIN)/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/detr.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/eigen.py
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
