@@ -336,6 +336,10 @@ def pretrain(
         if reason and report is not None:
             _check_frozen(wrapped, pretraining_method, report)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
+        own = pretraining_method.refresh_epochs
+        given_boxes = pretraining_method.needs_proposals and own is None
+        if proposals is not None and not given_boxes:
+            chosen.append(f"proposals {proposals}: not used, {method} makes boxes of its own")
         if show and distributed.is_main():
             found.print_notes()
             if report is not None:
@@ -343,8 +347,6 @@ def pretrain(
             for note in chosen:
                 notes.print(f"  {note}", soft_wrap=True)
         file = Path(proposals) if proposals is not None else out / "proposals.parquet"
-        own = pretraining_method.refresh_epochs
-        given_boxes = pretraining_method.needs_proposals and own is None
         on_the_fly = given_boxes and str(file).replace("_", "-") == ON_THE_FLY
         source: dict[str, Any] = {"proposals": str(file) if given_boxes else None}
         if on_the_fly:
