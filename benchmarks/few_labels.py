@@ -88,6 +88,8 @@ def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str
 
     torch.set_num_threads(1)
     run = out / start.run
+    # SoCo's views are no larger than the images.
+    views = {"method.view_px": sizes["detector.short_side_px"]} if sizes and start.method == "soco" else {}
     if finished(run):
         return start.run
     headstart.pretrain(
@@ -99,7 +101,7 @@ def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str
         proposals=boxes,
         recipe=start.recipe,
         max_steps=start.steps,
-        settings={"train.workers": 1, **sizes, **start.settings},
+        settings={"train.workers": 1, **sizes, **views, **start.settings},
         resume=(run / "run.json").exists(),
         show=False,
     )
