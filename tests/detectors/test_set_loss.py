@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchvision.ops import generalized_box_iou
 
 from headstart.detectors.set_loss import Objects, SetLoss, objects_in_all
 from headstart.matching import xyxy
+from test_distributed import torchrun
 
 LAYERS, BATCH, QUERIES, CLASSES = 2, 3, 5, 4
 
@@ -127,3 +129,41 @@ def test_a_batch_counts_in_float32_under_autocast():
     high = loss(logits.bfloat16().float(), boxes, objects)
     for name in low:
         torch.testing.assert_close(low[name], high[name])
+
+
+def test_no_weight_of_no_object_and_no_objects():
+    logits, boxes, objects = scene("softmax", counts=(0, 0, 0))
+    terms = SetLoss("softmax", no_object=0.0)(logits, boxes, objects)
+    assert {name: term.item() for name, term in terms.items()} == {"class": 0, "l1": 0, "giou": 0}
+
+
+@pytest.mark.parametrize("kind", ["softmax", "focal"])
+def test_two_processes_are_one(kind, tmp_path):
+    """Terms and gradients, where one process has most of the objects."""
+    torchrun(
+        tmp_path,
+        """
+import sys
+from unittest.mock import patch
+import torch, torch.distributed as dist
+from headstart.detectors.set_loss import Objects, SetLoss
+sys.path[:0] = FOLDERS
+from test_set_loss import scene
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+loss = SetLoss(KIND)
+logits, boxes, objects = scene(KIND, counts=(4, 0, 1))
+with patch.object(dist, "is_initialized", lambda: False):
+    expected = loss(logits, boxes, objects)
+    gradients = torch.autograd.grad(sum(expected.values()), (logits, boxes))
+mine = slice(0, 1) if rank == 0 else slice(1, 3)
+own = Objects(objects.boxes_cxcywh[mine], objects.labels[mine])
+terms = loss(logits[:, mine], boxes[:, mine], own)
+found = torch.autograd.grad(sum(terms.values()), (logits, boxes))
+for mean, whole in [*((terms[k].detach(), expected[k].detach()) for k in terms), *zip(found, gradients)]:
+    mean = mean.clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean / 2, whole, rtol=1e-5, atol=1e-6)
+dist.destroy_process_group()
+""".replace("FOLDERS", repr([str(Path(__file__).parent), str(Path(__file__).parents[1])])).replace("KIND", repr(kind)),
+    )

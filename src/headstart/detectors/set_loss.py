@@ -120,7 +120,9 @@ class SetLoss:
         return terms, per_layer(matches, len(logits), logits.shape[1])
 
     def _class_loss(self, logits: Tensor, matches: Matches, objects: Objects, count: Tensor) -> Tensor:
-        """Softmax: weighted mean over a layer's queries (as torch's). Focal: sum over queries and classes / count."""
+        """Softmax: weighted mean over a layer's queries (as torch's), whose weights are those of all processes. Focal: sum
+        over queries and classes / count.
+        """
         image, query, object_ = matches
         labels = padded(objects.labels)[image, object_] - 1
         each = logits.flatten(0, 1)
@@ -131,8 +133,9 @@ class SetLoss:
             weight = logits.new_ones(nothing + 1)
             weight[nothing] = self.no_object
             sums = F.cross_entropy(each.mT, wanted, weight, reduction="none").unflatten(0, logits.shape[:2])
-            weights = weight[wanted].unflatten(0, logits.shape[:2])
-            return self.class_weight * (sums.sum(dim=(1, 2)) / weights.sum(dim=(1, 2))).sum()
+            weights = distributed.mean(weight[wanted].unflatten(0, logits.shape[:2]).sum(dim=(1, 2)))
+            tiny = torch.finfo(weights.dtype).tiny  # without weight where there is nothing, and nothing there
+            return self.class_weight * (sums.sum(dim=(1, 2)) / weights.clamp(min=tiny)).sum()
         wanted = torch.zeros_like(each)
         wanted[image, query, labels] = 1
         return self.class_weight * sigmoid_focal_loss(each, wanted, ALPHA, GAMMA, reduction="sum") / count
