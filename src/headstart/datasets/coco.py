@@ -1,15 +1,19 @@
 """COCO annotation files: https://cocodataset.org/#format-data (object detection).
 
 Images are looked for, in this order, relative to: the folder given by the caller, the file's own folder, and
-in it ``images/``, ``<stem>/`` and ``<stem>/images/``.
+in it ``images/``, ``<stem>/`` and ``<stem>/images/``. Of a file in a folder ``annotations/`` they are looked for
+beside that folder too, and there also in the last word of the file's name: ``train2017/`` of
+``annotations/instances_train2017.json``. LVIS's files are read as well: :mod:`headstart.datasets.lvis`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from headstart.datasets import lvis
 from headstart.datasets.detection import (
     Annotations,
     Category,
@@ -51,12 +55,17 @@ def load_coco(path: Path | str, images: Path | str | None = None) -> DetectionDa
     label_of = {category.id: k + 1 for k, category in enumerate(categories)}
     records = _images(path, content["images"], images, notes)
     objects: dict[int | str, list[RawObject]] = {i: [] for i in records}
-    names = {entry["id"]: entry["file_name"] for entry in content["images"]}
+    names = {entry["id"]: lvis.file_name(entry) for entry in content["images"]}
     for index, entry in enumerate(content["annotations"]):
         raw, image_id = _object(path, index, entry, names, label_of, records, notes)
         if raw is not None:
             objects[image_id].append(raw)
-    annotations: list[Annotations] = [usable(objects[i], record, notes) for i, record in records.items()]
+    entries = {entry["id"]: entry for entry in content["images"]}
+    annotations: list[Annotations] = []
+    for image_id, record in records.items():
+        negative, not_exhaustive = lvis.federated(path, entries[image_id], label_of)
+        found = usable(objects[image_id], record, notes)
+        annotations.append(replace(found, negative=negative, not_exhaustive=not_exhaustive))
     return DetectionData(path, categories, list(records.values()), annotations, notes.sentences())
 
 
@@ -74,12 +83,12 @@ def _categories(path: Path, entries: list[dict[str, Any]], notes: Notes) -> list
             raise DataError(f'{path}: category at index {index} is {entry}; expected {{"id": 1, "name": "cat"}}')
         if number in categories:
             raise DataError(f"{path}: category id {number} is given twice ({categories[number].name}, {name})")
-        categories[number] = Category(number, name)
+        categories[number] = Category(number, name, lvis.frequency(entry))
     # Some exporters give the name of the whole group to one of its classes; results are kept by name.
     often = Counter(category.name for category in categories.values())
     for number, category in categories.items():
         if often[category.name] > 1:
-            categories[number] = Category(number, f"{category.name} (id {number})")
+            categories[number] = replace(category, name=f"{category.name} (id {number})")
             notes.add("categories that shared a name were told apart by their id", categories[number].name)
     return [categories[number] for number in sorted(categories)]
 
@@ -92,6 +101,8 @@ def _images(
         raise DataError(f'{path}: "images" is empty; expected at least one image')
     here = path.parent
     folders = [here, here / "images", here / path.stem, here / path.stem / "images"]
+    if here.name == "annotations":
+        folders += [here.parent, here.parent / "images", here.parent / path.stem.rpartition("_")[2]]
     if images is not None:
         if not Path(images).is_dir():
             raise DataError(f"{images}: no such folder; expected the folder of the images of {path}")
@@ -100,7 +111,7 @@ def _images(
     seen: dict[int | str, str] = {}
     missing: list[str] = []
     for index, entry in enumerate(entries):
-        image_id, name = entry.get("id"), entry.get("file_name")
+        image_id, name = entry.get("id"), lvis.file_name(entry)
         if not isinstance(name, str) or not name:
             raise DataError(f'{path}: image at index {index} has no "file_name"; expected a path as text')
         if not isinstance(image_id, (int, str)) or isinstance(image_id, bool):
@@ -167,7 +178,10 @@ def _object(
         notes.add("objects with an outline of fewer than 3 points left out", place)
         return None, image_id
     x, y, width, height = box
-    return RawObject(place, (x, y, x + width, y + height), label_of[category], area, crowd, segmentation), image_id
+    number = entry.get("id")
+    own = number if isinstance(number, int) else None
+    box = (x, y, x + width, y + height)
+    return RawObject(place, box, label_of[category], area, crowd, segmentation, own), image_id
 
 
 def _segmentation(place: str, value: Any, image: ImageRecord) -> Any:

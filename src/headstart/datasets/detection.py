@@ -30,8 +30,11 @@ NAMED = 5  # how many cases a note names
 
 @dataclass(frozen=True)
 class Category:
+    """``frequency``: LVIS's "r" (rare), "c" (common) or "f" (frequent); None elsewhere."""
+
     id: int
     name: str
+    frequency: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,12 @@ class Annotations:
     """The objects of one image.
 
     ``segmentations`` holds an entry an object: polygons ``[[x, y, x, y, ...], ...]`` in pixels, a COCO
-    run-length dictionary, or None.
+    run-length dictionary, or None. ``ids`` are the objects' numbers in the file, unique within the image: COCO's
+    annotation ids, or the place among VOC's objects, from 1.
+
+    In federated data (LVIS) not every class was looked for in every image: ``negative`` are the labels known to be
+    absent, ``not_exhaustive`` those of which some objects have no box. What is neither there nor in ``negative`` was
+    not looked for. Both are None in data where all classes were.
     """
 
     boxes: np.ndarray  # (n, 4) float32 xyxy pixels
@@ -58,15 +66,27 @@ class Annotations:
     areas: np.ndarray  # (n,) float32, square pixels
     iscrowd: np.ndarray  # (n,) bool: ignored in evaluation, no target in training
     segmentations: list[Any]
+    ids: np.ndarray = None  # type: ignore[assignment]  # (n,) int64; where not given, 1..n
+    negative: np.ndarray | None = None  # (m,) int64
+    not_exhaustive: np.ndarray | None = None  # (m,) int64
+
+    def __post_init__(self) -> None:
+        if self.ids is None:
+            self.ids = np.arange(1, len(self.boxes) + 1, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def keep(self, chosen: np.ndarray) -> Annotations:
         """The objects where ``chosen`` (n,) bool is true."""
-        segmentations = [s for s, kept in zip(self.segmentations, chosen, strict=True) if kept]
-        return Annotations(
-            self.boxes[chosen], self.labels[chosen], self.areas[chosen], self.iscrowd[chosen], segmentations
+        return replace(
+            self,
+            boxes=self.boxes[chosen],
+            labels=self.labels[chosen],
+            areas=self.areas[chosen],
+            iscrowd=self.iscrowd[chosen],
+            segmentations=[s for s, kept in zip(self.segmentations, chosen, strict=True) if kept],
+            ids=self.ids[chosen],
         )
 
 
@@ -82,6 +102,11 @@ class DetectionData:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def is_federated(self) -> bool:
+        """Not every class was looked for in every image (LVIS)."""
+        return any(a.negative is not None for a in self.annotations)
 
     @property
     def has_masks(self) -> bool:
@@ -128,8 +153,17 @@ class DetectionData:
                 f"{self.source}: has objects of category {named(foreign)}; expected only {named(wanted, len(wanted))}"
             )
         to_new = np.array([0] + [wanted.get(c.name, 0) for c in self.categories], np.int64)
-        annotations = [replace(a, labels=to_new[a.labels]) for a in self.annotations]
-        return replace(self, categories=list(categories), annotations=annotations)
+
+        def known(labels: np.ndarray | None) -> np.ndarray | None:
+            return None if labels is None else to_new[labels][to_new[labels] > 0]
+
+        annotations = [
+            replace(a, labels=to_new[a.labels], negative=known(a.negative), not_exhaustive=known(a.not_exhaustive))
+            for a in self.annotations
+        ]
+        frequency = {c.name: c.frequency for c in self.categories}
+        renamed = [replace(c, frequency=c.frequency or frequency.get(c.name)) for c in categories]
+        return replace(self, categories=renamed, annotations=annotations)
 
     def class_counts(self) -> dict[str, int]:
         """Objects of each category, crowds not counted."""
@@ -147,13 +181,29 @@ class DetectionData:
         return all(isinstance(image.id, int) for image in self.images)
 
     def to_coco(self) -> dict[str, Any]:
-        """COCO ground truth: bbox as xywh, the categories' own ids, annotation ids from 1."""
+        """COCO ground truth: bbox as xywh, the categories' own ids, annotation ids from 1.
+
+        Federated data have what LVIS adds: ``neg_category_ids`` and ``not_exhaustive_category_ids`` of images,
+        ``frequency`` of categories.
+        """
         integer_ids = self._has_integer_ids
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
         for index, (image, objects) in enumerate(zip(self.images, self.annotations, strict=True)):
             image_id = image.id if integer_ids else index + 1
-            images.append({"id": image_id, "file_name": image.file_name, "width": image.width, "height": image.height})
+            entry: dict[str, Any] = {
+                "id": image_id,
+                "file_name": image.file_name,
+                "width": image.width,
+                "height": image.height,
+            }
+            for key, labels in (
+                ("neg_category_ids", objects.negative),
+                ("not_exhaustive_category_ids", objects.not_exhaustive),
+            ):
+                if labels is not None:
+                    entry[key] = [self.categories[k - 1].id for k in labels.tolist()]
+            images.append(entry)
             for k in range(len(objects)):
                 x0, y0, x1, y1 = (float(v) for v in objects.boxes[k])
                 annotation = {
@@ -169,7 +219,10 @@ class DetectionData:
                 annotations.append(annotation)
         return {
             "info": {"description": self.source.name},
-            "categories": [{"id": c.id, "name": c.name} for c in self.categories],
+            "categories": [
+                {"id": c.id, "name": c.name} | ({"frequency": c.frequency} if c.frequency else {})
+                for c in self.categories
+            ],
             "images": images,
             "annotations": annotations,
         }
@@ -241,6 +294,7 @@ class RawObject:
     area: float | None = None
     iscrowd: bool = False
     segmentation: Any = None
+    id: int | None = None  # the object's number in the file; unset: its place among the image's objects, from 1
 
 
 class Notes:
@@ -268,8 +322,9 @@ def usable(objects: Iterable[RawObject], image: ImageRecord, notes: Notes) -> An
     """Boxes cut at the image's edge; those without size or outside the image left out."""
     boxes: list[np.ndarray] = []
     kept: list[RawObject] = []
+    ids: list[int] = []
     limits = np.array([image.width, image.height, image.width, image.height], np.float32)
-    for o in objects:
+    for place, o in enumerate(objects, 1):
         box = np.asarray(o.box, np.float32)
         if box[2] <= box[0] or box[3] <= box[1]:
             notes.add("boxes of zero or negative size left out", o.place)
@@ -282,6 +337,7 @@ def usable(objects: Iterable[RawObject], image: ImageRecord, notes: Notes) -> An
             notes.add("boxes cut at the edge of their image", o.place)
         boxes.append(inside)
         kept.append(o)
+        ids.append(place if o.id is None else o.id)
     array = np.array(boxes, np.float32).reshape(-1, 4)
     box_areas = (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
     areas = [float(a) if o.area is None else o.area for o, a in zip(kept, box_areas, strict=True)]
@@ -291,6 +347,7 @@ def usable(objects: Iterable[RawObject], image: ImageRecord, notes: Notes) -> An
         areas=np.array(areas, np.float32),
         iscrowd=np.array([o.iscrowd for o in kept], bool),
         segmentations=[o.segmentation for o in kept],
+        ids=np.array(ids, np.int64),
     )
 
 

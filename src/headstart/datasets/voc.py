@@ -174,4 +174,4 @@ def _object(file: Path, index: int, node: ElementTree.Element, label_of: dict[st
         notes.add("difficult objects: ignored in evaluation, no target in training", place)
     x0, y0, x1, y1 = corners
     # From the first pixel's number to behind the last one's.
-    return RawObject(place, (x0 - 1, y0 - 1, x1, y1), label_of[name], iscrowd=difficult)
+    return RawObject(place, (x0 - 1, y0 - 1, x1, y1), label_of[name], iscrowd=difficult, id=index + 1)
