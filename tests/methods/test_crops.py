@@ -134,6 +134,17 @@ def test_each_crop_has_its_own_colours(photo):
     assert rough.min() < 0.8 * rough.max(), "some are blurred"
 
 
+def test_colours_are_float32_under_autocast(photo):
+    one = (as_batch(photo) / 255).expand(8, -1, -1, -1)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(crops.recolour(one, 1.0))
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_strength_0_changes_nothing(photo):
     one = as_batch(photo) / 255
     state = torch.get_rng_state()

@@ -120,8 +120,8 @@ class SetLoss:
         return terms, per_layer(matches, len(logits), logits.shape[1])
 
     def _class_loss(self, logits: Tensor, matches: Matches, objects: Objects, count: Tensor) -> Tensor:
-        """Softmax: weighted mean over a layer's queries (as torch's), whose weights are those of all processes. Focal: sum
-        over queries and classes / count.
+        """Softmax: weighted mean over a layer's queries (as torch's), the sum of weights being all processes' mean.
+        Focal: sum over queries and classes / count.
         """
         image, query, object_ = matches
         labels = padded(objects.labels)[image, object_] - 1

@@ -73,7 +73,8 @@ def recolour(crops: Tensor, strength: float) -> Tensor:
 
     Brightness, contrast, saturation and hue in this order, grey, blur. All but the blur are one affine map of a crop's
     colours, so that they cost one pass; values are clipped once, at the end. The hue turns round the grey axis at
-    constant luma. Blurred crops of a call share one sigma.
+    constant luma. Blurred crops of a call share one sigma. In float32 under autocast too: 8 bits of a matrix of colours
+    shift all of them.
 
     Args:
         strength: 1: SimCLR's; scales all but the sigma of the blur and how often crops are jittered. 0: none.
@@ -86,11 +87,12 @@ def recolour(crops: Tensor, strength: float) -> Tensor:
     factors = 1 + jittered[:, None] * (2 * draws[:, 1:4] - 1) * torch.tensor([BRIGHTNESS, CONTRAST, SATURATION])
     turns = jittered * HUE * (2 * draws[:, 4] - 1)
     factors[draws[:, 5] < GREY_PROB * strength, 2] = 0.0
-    coloured = adjust(crops, factors.to(crops.device), turns.to(crops.device))
     blurred = (draws[:, 6] < BLUR_PROB * strength).nonzero()[:, 0].to(crops.device)
-    if len(blurred):
-        radius = min(math.ceil(3 * sigma), crops.shape[-1] - 1, crops.shape[-2] - 1)  # it mirrors at the edges
-        coloured[blurred] = gaussian_blur(coloured[blurred], [2 * radius + 1] * 2, [sigma] * 2)
+    with torch.autocast(crops.device.type, enabled=False):
+        coloured = adjust(crops, factors.to(crops.device), turns.to(crops.device))
+        if len(blurred):
+            radius = min(math.ceil(3 * sigma), crops.shape[-1] - 1, crops.shape[-2] - 1)  # it mirrors at the edges
+            coloured[blurred] = gaussian_blur(coloured[blurred], [2 * radius + 1] * 2, [sigma] * 2)
     return coloured
 
 
