@@ -409,6 +409,9 @@ def test_numbers_for_detectors_with_queries(family):
     s, advised = method.settings, method.optimizer(wrapped, 64)
     assert (method.length(wrapped), s.K, s.clusters, s.most) == (50, 50, 256, 4096)
     assert (advised.optimizer, advised.base_lr, advised.base_batch, advised.clip) == ("adamw", 2e-4, 64, 0.1)
+    assert method.optimizer(wrapped, 4).base_batch == 4, "the rate is the same at any batch"
+    slow = {"sampling_offsets": 0.1, "reference_points": 0.1} if family == "deformable_detr" else {}
+    assert advised.lr_scale == slow
     assert method.batch_size(wrapped, 1e6) == 64
     assert method.pseudo_classes == (256, 128)
     parts = [name for name in wrapped.parts if name not in ("backbone", "classifier")]

@@ -163,7 +163,9 @@ class TransformerDetector(TorchvisionDetector):
 
     @property
     def match_advice(self) -> MatchAdvice:
-        """AlignDet's for DETR (supplement B.5): pseudo classes, or the matching would not fit the loss."""
+        """AlignDet's for DETR (supplement B.5): pseudo classes, or the matching would not fit the loss. What the family
+        itself trains more slowly, it does here too (B.1)."""
+        slow = {name: factor for name, factor in (self.tuning().lr_scale or {}).items() if name != "backbone"}
         optim = OptimSettings(
             optimizer="adamw",
             base_lr=2e-4,
@@ -173,6 +175,7 @@ class TransformerDetector(TorchvisionDetector):
             schedule="steps",
             drops=[40 / 50],
             clip=0.1,
+            lr_scale=slow,
         )
         return MatchAdvice(optim, epochs=50, batch=64, most=4096, boxes=50, classes=256)
 

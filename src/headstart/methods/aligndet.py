@@ -23,7 +23,9 @@ Where this file differs from the paper, or fills a gap:
 * At most ``most`` predictions take part, over the whole batch of a process (the paper's numbers, where a GPU held
   two images).
 * The numbers that depend on the detector are its own advice (``Detector.match_advice``): those of the supplement, and
-  Deformable DETR, which the paper does not have, as DETR.
+  Deformable DETR, which the paper does not have, as DETR; only where its queries look has a tenth of the rate.
+* AdamW's rate is the paper's whatever the batch.
+* With queries, the last decoder layer's answers are contrasted; the released code pools those of all layers.
 * The papers' learning rates (.1, .2) are not what the released configurations say (.01 for RetinaNet and FCOS, .02 for
   R-CNN at a batch of 16); these are the defaults.
 * The photometric operations are not listed in the supplement: colour jitter, grey and blur, MoCo v2's.
@@ -157,7 +159,9 @@ class AlignDet(Method[AlignDetSettings]):
         return [f"tau = {s.tau:.3f} -> 1: for {total_steps} steps (paper: {PAPER_TAU} for 88 000)"]
 
     def optimizer(self, detector: Detector, batch_size: int) -> OptimSettings:
-        return detector.match_advice.optim
+        """The detector's advice; Adam's rate whatever the batch: its steps do not grow with it."""
+        advised = detector.match_advice.optim
+        return advised.model_copy(update={"base_batch": batch_size}) if advised.optimizer == "adamw" else advised
 
     def length(self, detector: Detector) -> float:
         return detector.match_advice.epochs
