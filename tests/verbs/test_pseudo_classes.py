@@ -130,6 +130,26 @@ def pretrain(scenes, proposals, out, family="detr", **changes):
     )  # fmt: skip
 
 
+def test_an_image_that_had_no_labels_made_is_left_out(scenes, proposals, tmp_path, monkeypatch):
+    """It could not be read then, and can be now."""
+    from headstart.verbs.pretrain import _Loader
+
+    real, broken = _Loader.plain, []
+
+    def unreadable_once(self, index, short_side_px):
+        if index == 1 and self.classes is None:
+            broken.append(index)
+            raise ImageError("1.jpg: broken")
+        return real(self, index, short_side_px)
+
+    monkeypatch.setattr(_Loader, "plain", unreadable_once)
+    done = pretrain(scenes, proposals, tmp_path / "run", max_steps=30)
+    assert broken
+    assert done.summary.finished
+    (problem,) = done.summary.unreadable.values()
+    assert "but 0 pseudo classes" in problem
+
+
 @pytest.mark.parametrize("family", ["detr", "deformable_detr"])
 def test_labels_reach_the_matching(family, scenes, proposals, tmp_path, monkeypatch):
     """Each box that the detector is asked to match carries the label its proposal has in the file."""

@@ -232,10 +232,13 @@ class _Loader:
         return image, boxes
 
     def __call__(self, index: int, rng: np.random.Generator) -> Any:
-        made = self.method.views(*self.plain(index, self.method.decode_px), rng)
+        image, boxes = self.plain(index, self.method.decode_px)
+        made = self.method.views(image, boxes, rng)
         if self.classes is None:
             return made
         labels = self.classes.of(index)
+        if len(labels) != len(boxes):  # it could not be read when they were made, and now it can
+            raise ImageError(f"{self.name_of(index)}: {len(boxes)} proposals, but {len(labels)} pseudo classes")
         return [dataclasses.replace(view, labels=labels[view.ids]) for view in made]
 
 
