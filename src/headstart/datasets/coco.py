@@ -9,6 +9,7 @@ beside that folder too, and there also in the last word of the file's name: ``tr
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,29 +31,43 @@ from headstart.datasets.detection import (
 from headstart.errors import DataError
 from headstart.files import read_json
 
-_EXPECTED = 'a COCO object with "images", "annotations" and "categories"'
+EXPECTED = 'a COCO object with "images", "annotations" and "categories"'
 _BOX = "expected [x, y, width, height] in pixels"
 
 
-def load_coco(path: Path | str, images: Path | str | None = None) -> DetectionData:
+def load_coco(
+    path: Path | str,
+    images: Path | str | None = None,
+    only: Collection[int | str] | None = None,
+    content: Any = None,
+) -> DetectionData:
     """Read a COCO file. See :func:`headstart.datasets.detection.load_detection_data`.
+
+    ``content``: of the file, where it has been read already.
 
     Raises:
         DataError: as there.
     """
     path = Path(path)
-    content = read_json(path, _EXPECTED)
+    content = read_json(path, EXPECTED) if content is None else content
     if not isinstance(content, dict):
-        raise DataError(f"{path}: holds a {_kind(content)}; expected {_EXPECTED}")
+        raise DataError(f"{path}: holds a {_kind(content)}; expected {EXPECTED}")
     for key in ("images", "annotations", "categories"):
         if key not in content:
-            raise DataError(f'{path}: has no "{key}"; expected {_EXPECTED}')
+            raise DataError(f'{path}: has no "{key}"; expected {EXPECTED}')
         if not isinstance(content[key], list) or not all(isinstance(entry, dict) for entry in content[key]):
-            raise DataError(f'{path}: "{key}" is not a list of objects; expected {_EXPECTED}')
+            raise DataError(f'{path}: "{key}" is not a list of objects; expected {EXPECTED}')
+
+    if only is not None:
+        chosen = [entry for entry in content["images"] if entry.get("id") in only]
+        objects_of = [entry for entry in content["annotations"] if entry.get("image_id") in only]
+        content = {**content, "images": chosen, "annotations": objects_of}
 
     notes = Notes(path)
     categories = _categories(path, content["categories"], notes)
     label_of = {category.id: k + 1 for k, category in enumerate(categories)}
+    if not content["images"] and only is None:
+        raise DataError(f'{path}: "images" is empty; expected at least one image')
     records = _images(path, content["images"], images, notes)
     objects: dict[int | str, list[RawObject]] = {i: [] for i in records}
     names = {entry["id"]: lvis.file_name(entry) for entry in content["images"]}
@@ -97,8 +112,6 @@ def _images(
     path: Path, entries: list[dict[str, Any]], images: Path | str | None, notes: Notes
 ) -> dict[int | str, ImageRecord]:
     """Records by id of the images that exist."""
-    if not entries:
-        raise DataError(f'{path}: "images" is empty; expected at least one image')
     here = path.parent
     folders = [here, here / "images", here / path.stem, here / path.stem / "images"]
     if here.name == "annotations":

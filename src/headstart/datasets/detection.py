@@ -8,8 +8,8 @@ in ``DetectionData.notes``.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from faster_coco_eval.core import mask as coco_mask
 
 from headstart.datasets.images import size_of
 from headstart.errors import DataError, ImageError
+from headstart.files import read_json
 
 MAX_MISSING = 0.1  # share of images that may be missing
 # Corners given 0- or 1-based and rounded coordinates reach up to a pixel over the edge in most data sets;
@@ -228,28 +229,52 @@ class DetectionData:
         }
 
 
-def load_detection_data(path: Path | str, images: Path | str | None = None) -> DetectionData:
+def union(source: Path, parts: Sequence[DetectionData]) -> DetectionData:
+    """One data set of several with the same categories, for example VOC 2007 and 2012.
+
+    Raises:
+        DataError: the categories differ, or two of them have an image of the same id.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        if [c.name for c in other.categories] != [c.name for c in first.categories]:
+            raise DataError(f"{source}: {first.source} and {other.source} have different categories; expected the same")
+    images = [image for part in parts for image in part.images]
+    if len({image.id for image in images}) < len(images):
+        twice = [i for i, count in Counter(image.id for image in images).items() if count > 1]
+        raise DataError(f"{source}: several of its files have an image with id {named(twice)}")
+    annotations = [a for part in parts for a in part.annotations]
+    return DetectionData(source, first.categories, images, annotations, [n for part in parts for n in part.notes])
+
+
+def load_detection_data(
+    path: Path | str, images: Path | str | None = None, *, only: Collection[int | str] | None = None
+) -> DetectionData:
     """Read a labelled data set.
 
     Args:
         path: a COCO ``.json`` file; or for Pascal VOC a folder with ``Annotations/``, a list
-            ``ImageSets/Main/<name>.txt``, or a folder of ``.xml`` files.
+            ``ImageSets/Main/<name>.txt``, or a folder of ``.xml`` files; or a split of ``headstart protocol split``.
         images: the folder that the images' file names are relative to. Without it, and after it, they are
             looked for around ``path``: see :mod:`headstart.datasets.coco` and :mod:`headstart.datasets.voc`.
+        only: leave out all images but those of these ids, as if the file did not have them.
 
     Raises:
         DataError: the annotations are not what they should be (the message names the place), or more than
             a tenth of the images are missing.
     """
-    from headstart.datasets import coco, voc  # they import this module
+    from headstart.datasets import coco, splits, voc  # they import this module
 
     path = Path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; expected a COCO .json file or a Pascal VOC folder")
     if path.is_dir() or path.suffix.lower() == ".txt":
-        return voc.load_voc(path, images)
+        return voc.load_voc(path, images, only)
     if path.suffix.lower() == ".json":
-        return coco.load_coco(path, images)
+        content = read_json(path, coco.EXPECTED)
+        if splits.is_data_set(content):
+            return splits.load_split(path, content, images)
+        return coco.load_coco(path, images, only, content)
     raise DataError(
         f"{path}: unknown kind of annotations; expected a COCO .json file, a Pascal VOC folder, or a VOC "
         "list of images (ImageSets/Main/*.txt)"

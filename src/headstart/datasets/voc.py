@@ -8,6 +8,7 @@ the caller, ``JPEGImages/``, ``images/``, the data set's folder, the folder of t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -45,7 +46,9 @@ CLASSES = (
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def load_voc(path: Path | str, images: Path | str | None = None) -> DetectionData:
+def load_voc(
+    path: Path | str, images: Path | str | None = None, only: Collection[int | str] | None = None
+) -> DetectionData:
     """Read Pascal VOC annotations. See :func:`headstart.datasets.detection.load_detection_data`.
 
     Image ids are the names of the XML files without suffix. Categories are VOC's own 20 when all names are
@@ -57,6 +60,8 @@ def load_voc(path: Path | str, images: Path | str | None = None) -> DetectionDat
     """
     path = Path(path)
     root, folder, stems = _layout(path)
+    if only is not None:
+        stems = [stem for stem in stems if stem in only]
     folders = [root / "JPEGImages", root / "images", root, folder]
     if images is not None:
         if not Path(images).is_dir():

@@ -292,10 +292,10 @@ def finetune(
     Args:
         start: a run folder (pretrained or fine-tuned), a weights file (.safetensors, or .pth with tensors only),
             "scratch", or a torchvision detector, which is trained in place.
-        train: COCO JSON, Pascal VOC folder, or a list in ``ImageSets/Main``.
+        train: COCO JSON, Pascal VOC folder, a list in ``ImageSets/Main``, or a split of ``headstart protocol split``.
         val: the same, for the evaluation at the end.
-        labels: label budget: "10%", a number of images, "all", or the ``labels.json`` of another run. The exact
-            images are written to ``labels.json`` in the run folder.
+        labels: label budget: "10%", a number of images, "5shot" (boxes of each class), "all", a split file, or the
+            ``labels.json`` of another run. The exact images are written to ``labels.json`` in the run folder.
         out: run folder; unset: ``runs/finetune-START-LABELS-seedN``.
         detector, backbone: what to build; unset: what ``start`` was.
         train_images, val_images: folders of the images, where they are not beside the annotations.
@@ -342,8 +342,8 @@ def finetune(
         held_out = in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])
     elif config.tune.validate_epochs is not None:
         raise SettingsError("tune.validate_epochs: needs labels to evaluate on (--val)")
-    ids = choose_labelled(data, labels, config.train.seed)
-    chosen = data.subset(ids)
+    split = choose_labelled(data, labels, config.train.seed)
+    chosen = split.of(data)
     config.detector.num_classes = len(data.categories)
     compute = pick_device(config.train.device)
     out = Path(out) if out is not None else default_folder(start, labels, config.train.seed)
@@ -402,7 +402,7 @@ def finetune(
                 job.examine_every = max(1, round(config.tune.validate_epochs * job.images / config.train.batch_size))
                 job.examine, job.state, job.restore = validation, validation.state, validation.restore
             if distributed.is_main():
-                write_split(run.path / "labels.json", ids, data, labels, config.train.seed)
+                write_split(run.path / "labels.json", split, data, labels, config.train.seed)
             summary = fit(job, config.train, config.optim, run, resume, show)
             if validation is not None and summary.finished:
                 validation.take_best()

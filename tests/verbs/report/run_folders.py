@@ -198,7 +198,7 @@ def make_finetuning(
     )
     (folder / "run.json").write_text(json.dumps(record))
     named = ids or [f"{seed}-{i}" for i in range(images)]
-    (folder / "labels.json").write_text(json.dumps({"ids": named}))
+    (folder / "labels.json").write_text(json.dumps({"images": [{"id": i, "file_name": f"{i}.jpg"} for i in named]}))
     write_log(folder, steps, 2.2, 0.9 - 0.5 * quality, ["box", "class"], seed, watch=False)
     if evaluated:
         truth = json.loads(truth_file.read_text())

@@ -258,11 +258,11 @@ def _read_evaluation(file: Path, notes: list[str]) -> Evaluation | None:
 
 
 def _read_label_ids(file: Path) -> tuple[str, ...] | None:
-    """The labelled images of a run, to tell whether two runs of one seed were given the same ones."""
+    """The labelled images of a run, and which boxes of them, to tell whether two runs were given the same ones."""
     try:
-        values = read_json(file)
-        return tuple(sorted(str(i) for i in values["ids"]))
-    except (DataError, KeyError, TypeError):
+        images = read_json(file)["images"]
+        return tuple(sorted(f"{image['id']}{image.get('annotations', '')}" for image in images))
+    except (DataError, KeyError, TypeError, AttributeError):
         return None
 
 
