@@ -1,4 +1,8 @@
-"""The reference in these tests is pycocotools, run on copies of the same inputs."""
+"""The reference in these tests is pycocotools, run on copies of the same inputs.
+
+For LVIS it is a plain evaluator written here, and ``lvis`` itself where it is importable (it is no development
+dependency): ``pip install lvis``, then ``pytest tests/test_coco_eval.py -m slow``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
-from headstart.coco_eval import METRICS, Scores, score
+from headstart.coco_eval import LVIS_METRICS, METRICS, PROPOSAL_METRICS, Scores, score, score_lvis, score_proposals
 from headstart.errors import DataError
 
 SIZE = 160
@@ -150,6 +155,24 @@ def test_more_than_a_hundred_detections_in_an_image() -> None:
         assert_same(scores, truth, detections, iou_type)
 
 
+def test_flags_and_sizes_that_pycocotools_ignores_or_looks_at() -> None:
+    """ "ignore" is overruled by "iscrowd"; areas on the very limits of the sizes; a box in which nothing is found."""
+    truth, detections = random_case(7)
+    for k, annotation in enumerate(truth["annotations"]):
+        annotation["ignore"] = k % 2
+        annotation["area"] = [32.0**2, 96.0**2, annotation["area"]][k % 3]
+    detections = [d for d in detections if d["image_id"] != truth["images"][0]["id"]]
+    for iou_type in ("bbox", "segm"):
+        assert_same(score(truth, detections), truth, detections, iou_type)
+
+
+def test_many_classes_are_evaluated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, detections = random_case(5)
+    expected = score(truth, detections)
+    monkeypatch.setattr("headstart.coco_eval.PAIRS", 2 * len(truth["images"]))
+    assert score(truth, detections) == expected
+
+
 def test_no_detections() -> None:
     truth, _ = random_case(0)
     scores = score(truth, [])
@@ -259,3 +282,141 @@ def test_boxes_alone_need_no_masks() -> None:
     assert list(expected.metrics) == ["bbox"]
     with pytest.raises(DataError, match=r'annotation 0 .image .* has no "segmentation", so'):
         score(truth, detections)
+
+
+# -- whatever the class ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("tied", [False, True])
+def test_proposals_agree_with_pycocotools_without_classes(seed: int, tied: bool) -> None:
+    truth, detections = random_case(seed, images=4, tied=tied)
+    rng = np.random.default_rng(seed)
+    for _ in range(1100):  # more than count
+        x, y, w, h = (float(v) for v in rng.uniform(1, 70, 4))
+        image_id = truth["images"][int(rng.integers(2))]["id"]
+        detections.append({"image_id": image_id, "category_id": 3, "bbox": [x, y, w, h], "score": float(rng.random())})
+    for entries in (truth["annotations"], detections):  # pycocotools' order where they tie
+        entries.sort(key=lambda entry: entry["category_id"])
+    mine = score_proposals(truth, [{k: v for k, v in d.items() if k != "category_id"} for d in detections])
+    with contextlib.redirect_stdout(io.StringIO()):
+        api = COCO()
+        api.dataset = copy.deepcopy(truth)
+        api.createIndex()
+        found = [{k: d[k] for k in ("image_id", "category_id", "bbox", "score")} for d in copy.deepcopy(detections)]
+        evaluation = COCOeval(api, api.loadRes(found), "bbox")
+        evaluation.params.useCats = 0
+        evaluation.params.maxDets = [1, 10, 100, 1000]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    precision, recall = evaluation.eval["precision"][..., 2], evaluation.eval["recall"]
+    expected = {"AP": precision[:, :, 0, 0], "AP50": precision[0, :, 0, 0], "AP75": precision[5, :, 0, 0]}
+    expected |= {f"AR{k}": recall[:, 0, 0, m] for m, k in enumerate((1, 10, 100, 1000))}
+    expected |= {f"AR{size}": recall[:, 0, a, 2] for a, size in enumerate("sml", 1)}
+    assert list(mine.metrics["bbox"]) == list(PROPOSAL_METRICS)
+    for name, values in expected.items():
+        value = values.mean() if (values > -1).any() else None
+        assert mine.metrics["bbox"][name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
+    assert mine.metrics["bbox"]["AR1000"] > mine.metrics["bbox"]["AR100"] > mine.metrics["bbox"]["AR1"]
+    assert mine.per_class == {}
+    assert len(mine.tables()) == 1
+
+
+# -- LVIS -----------------------------------------------------------------------------------------------------------
+
+
+def federated_case(seed: int) -> tuple[dict, list[dict]]:
+    truth, detections = random_case(seed, images=10, crowds=False)
+    rng = np.random.default_rng(seed)
+    for image in truth["images"]:
+        image["neg_category_ids"] = [c for c in (3, 13, 23) if rng.random() < 0.4]
+        image["not_exhaustive_category_ids"] = [c for c in (3, 13, 23) if rng.random() < 0.3]
+    for category, frequency in zip(truth["categories"], "rfc", strict=True):
+        category["frequency"] = frequency
+    for _ in range(320):  # more than count, in one image
+        x, y, w, h = (float(v) for v in rng.uniform(1, 70, 4))
+        box = {"bbox": [x, y, w, h], "segmentation": rle(rectangle(x, y, w, h))}
+        image_id = truth["images"][0]["id"]
+        detections.append({"image_id": image_id, "category_id": 3, "score": float(rng.uniform(0.2, 1)), **box})
+    return truth, detections
+
+
+def plain_lvis(truth: dict, detections: list[dict]) -> dict[str, float | None]:
+    """AP by the rules of LVIS, boxes of all sizes, one class, threshold and detection at a time."""
+    ap: dict[int, dict[float, float]] = {}
+    kept = []
+    for image in truth["images"]:
+        here = sorted((d for d in detections if d["image_id"] == image["id"]), key=lambda d: -d["score"])[:300]
+        known = {a["category_id"] for a in truth["annotations"] if a["image_id"] == image["id"]}
+        kept += [(d, image) for d in here if d["category_id"] in known | set(image["neg_category_ids"])]
+    for category in (c["id"] for c in truth["categories"]):
+        objects = [a for a in truth["annotations"] if a["category_id"] == category]
+        mine = sorted((pair for pair in kept if pair[0]["category_id"] == category), key=lambda pair: -pair[0]["score"])
+        for threshold in np.linspace(0.5, 0.95, 10) if objects else []:
+            taken: set[int] = set()
+            correct = []
+            for d, image in mine:
+                best, of = threshold, None
+                for a in objects:
+                    iou = coco_mask.iou(np.array([d["bbox"]]), np.array([a["bbox"]]), [0])[0, 0]
+                    if a["image_id"] == d["image_id"] and a["id"] not in taken and iou >= best:
+                        best, of = iou, a["id"]
+                if of is not None:
+                    taken.add(of)
+                if of is not None or category not in image["not_exhaustive_category_ids"]:
+                    correct.append(of is not None)
+            hits = np.cumsum(correct)
+            recall, precision = hits / len(objects), hits / np.arange(1, len(hits) + 1)
+            steps = [max(precision[recall >= r], default=0.0) for r in np.linspace(0, 1, 101)]
+            ap.setdefault(category, {})[round(threshold, 2)] = float(np.mean(steps))
+    mean = lambda values: float(np.mean(values)) if len(values) else None
+    group = {c["frequency"]: c["id"] for c in truth["categories"]}
+    return {
+        "AP": mean([v for by_iou in ap.values() for v in by_iou.values()]),
+        "AP50": mean([by_iou[0.5] for by_iou in ap.values()]),
+        "AP75": mean([by_iou[0.75] for by_iou in ap.values()]),
+        **{f"AP{f}": mean(list(ap.get(c, {}).values())) for f, c in group.items()},
+    }
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_lvis_agrees_with_a_plain_evaluator(seed: int) -> None:
+    truth, detections = federated_case(seed)
+    scores = score_lvis(truth, detections, ("bbox",))
+    assert list(scores.metrics["bbox"]) == list(LVIS_METRICS)
+    for name, value in plain_lvis(truth, detections).items():
+        assert scores.metrics["bbox"][name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
+    assert scores.metrics["bbox"]["APc"] is None  # of a class without objects
+    assert scores.metrics["bbox"]["AP"] > score(truth, detections, ("bbox",)).metrics["bbox"]["AP"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("seed", range(5))
+def test_lvis_agrees_with_lvis(seed: int, iou_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lvis = pytest.importorskip("lvis")
+    monkeypatch.setattr(np, "float", float, raising=False)  # which numpy had when lvis was written
+    truth, detections = federated_case(seed)
+    (tmp_path / "lvis.json").write_text(json.dumps(truth))
+    found = [{k: v for k, v in d.items() if iou_type == "bbox" or k != "bbox"} for d in copy.deepcopy(detections)]
+    api = lvis.LVIS(str(tmp_path / "lvis.json"))
+    reference = lvis.LVISEval(api, lvis.LVISResults(api, found), iou_type)
+    reference.run()
+    mine = score_lvis(truth, detections, (iou_type,)).metrics[iou_type]
+    for name, value in mine.items():
+        expected = reference.get_results()[name.replace("AR300", "AR@300")]
+        assert (-1.0 if value is None else value) == pytest.approx(expected, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "message"),
+    [
+        ("images", "neg_category_ids", '"neg_category_ids" None; expected a list of category ids'),
+        ("categories", "frequency", '"frequency" None; expected r, c or f'),
+    ],
+)
+def test_lvis_needs_its_fields(place: str, key: str, message: str) -> None:
+    truth, detections = federated_case(0)
+    del truth[place][1][key]
+    with pytest.raises(DataError, match=message):
+        score_lvis(truth, detections)
