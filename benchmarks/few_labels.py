@@ -79,6 +79,7 @@ STARTS = [
     ),
 ]
 SCENES_PX = {"detector.short_side_px": 64, "detector.long_side_px": 64}  # as large as they are drawn
+SCENES = {"soco": {"method.view_px": 64}, "joindet": {"method.update_epochs": 1}}  # five times as many as blood cells
 
 
 def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str, int]) -> str:
@@ -88,8 +89,7 @@ def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str
 
     torch.set_num_threads(1)
     run = out / start.run
-    # SoCo's views are no larger than the images.
-    views = {"method.view_px": sizes["detector.short_side_px"]} if sizes and start.method == "soco" else {}
+    own = SCENES.get(start.method, {}) if sizes else {}
     if finished(run):
         return start.run
     headstart.pretrain(
@@ -101,7 +101,7 @@ def pretrain(start: Start, photos: Path, out: Path, boxes: Path, sizes: dict[str
         proposals=boxes,
         recipe=start.recipe,
         max_steps=start.steps,
-        settings={"train.workers": 1, **sizes, **views, **start.settings},
+        settings={"train.workers": 1, **sizes, **own, **start.settings},
         resume=(run / "run.json").exists(),
         show=False,
     )
