@@ -13,8 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 from torch.utils.data import DataLoader, Dataset
 
 from headstart import distributed
@@ -118,6 +116,9 @@ def _make(
 
 def cluster(described: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """(k, C) float32 centres of rows (m, C): k = ``clusters``, or as many as there are different rows; m may be 0."""
+    from sklearn.cluster import KMeans  # takes seconds, which runs without pseudo classes need not wait for
+    from sklearn.exceptions import ConvergenceWarning
+
     different = len(np.unique(described, axis=0)) if len(described) < 10 * clusters else clusters
     if not different:
         return described[:0]
