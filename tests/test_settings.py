@@ -47,6 +47,8 @@ def test_bad_values_are_named_with_their_place():
         validate(SOCO, {"optim": {"lrr": 0}}, "pretrain")
     with pytest.raises(SettingsError, match="5 sides"):
         validate(finetune_settings(), {"detector": {"anchor_px": [8]}}, "finetune")
+    with pytest.raises(SettingsError, match=r"tune: patience: needs tune.validate_epochs, how often to look$"):
+        validate(finetune_settings(), {"tune": {"patience": 2}}, "finetune")
 
 
 def test_a_bare_off_is_a_word():

@@ -124,6 +124,9 @@ def validate(model: type[S], values: Mapping[str, Any], source: str = "settings"
             if problem["type"] == "extra_forbidden":
                 known = ", ".join(name for name, _ in leaves(model))
                 lines.append(f"{place}: no such setting. Known: {known}")
+            elif problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
+                # Settings that do not go together: the message has them, and the input is all there are.
+                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
             else:
                 lines.append(f"{place}: {problem['msg']} (got {problem['input']!r})")
         raise SettingsError(f"{source}: " + "; ".join(lines)) from None
