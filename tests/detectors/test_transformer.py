@@ -326,6 +326,30 @@ def test_boxes_without_area_are_refused():
 
 
 @both
+@pytest.mark.parametrize("label", [0, 4])
+def test_labels_beyond_the_classes_are_refused(kind, label):
+    """DETR would take label C + 1 for "no object", Deformable DETR label 0 for the last class, without a word."""
+    images, _, targets = example()
+    detector = build(kind, num_classes=3)
+    for target in targets:
+        target["labels"] = torch.ones_like(target["labels"])
+    detector.loss(list(images), targets)
+    targets[1]["labels"][-1] = label
+    with pytest.raises(DataError, match=rf"image 1 of the batch: label {label}; expected 1 to 3"):
+        detector.loss(list(images), targets)
+
+
+@both
+def test_probabilities_are_the_scores_of_detections(kind):
+    detector = build(kind)
+    logits = torch.randn(2, 7, 4)
+    scores, query, labels = detector.module.ranked(logits)
+    found = detector.set_loss.probabilities(logits)
+    torch.testing.assert_close(scores, found[torch.arange(2)[:, None], query, labels - 1])
+    assert detector.set_loss.class_count(logits) == found.shape[-1]
+
+
+@both
 def test_autocast_keeps_boxes_and_losses_in_float32(kind):
     detector = build(kind, dropout=0.0).eval()
     images, sizes, targets = example()

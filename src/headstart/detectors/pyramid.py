@@ -235,6 +235,21 @@ def with_area(targets: Sequence[Target]) -> None:
             raise DataError(f"image {number} of the batch: box {box} has no area; expected x0 < x1 and y0 < y1, px")
 
 
+def with_classes(targets: Sequence[Target], classes: int) -> None:
+    """
+    Raises:
+        DataError: a label of ``targets`` is none of 1 .. ``classes``.
+    """
+    labels = torch.cat([target["labels"] for target in targets])
+    wrong = (labels < 1) | (labels > classes)
+    if wrong.any():
+        counts = [len(target["labels"]) for target in targets]
+        number = next(i for i, own in enumerate(wrong.split(counts)) if own.any())
+        raise DataError(
+            f"image {number} of the batch: label {int(labels[wrong][0])}; expected 1 to {classes}, its classes"
+        )
+
+
 def image_list(tensors: Tensor, sizes: Tensor | None) -> ImageList:
     shapes = [(tensors.shape[-2], tensors.shape[-1])] * len(tensors) if sizes is None else sizes.tolist()
     return ImageList(tensors, [(int(height), int(width)) for height, width in shapes])

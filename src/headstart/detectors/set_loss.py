@@ -8,7 +8,7 @@ entropy by the sigmoid focal loss, appendix A.4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -87,9 +87,9 @@ class SetLoss:
 
     def _class_cost(self, logits: Tensor) -> Tensor:
         """(B, N, C): of naming each class."""
+        p = self.probabilities(logits)
         if self.kind == "softmax":
-            return -logits.softmax(dim=-1)
-        p = logits.sigmoid()
+            return -p
         positive = ALPHA * (1 - p) ** GAMMA * -F.logsigmoid(logits)
         negative = (1 - ALPHA) * p**GAMMA * -F.logsigmoid(-logits)
         return positive - negative
@@ -139,6 +139,27 @@ class SetLoss:
         wanted = torch.zeros_like(each)
         wanted[image, query, labels] = 1
         return self.class_weight * sigmoid_focal_loss(each, wanted, ALPHA, GAMMA, reduction="sum") / count
+
+    def first_losses(self, first: tuple[Tensor, Tensor] | None, objects: Objects) -> dict[str, Tensor]:
+        """Two-stage detectors: terms of the encoder's own proposals, to which all objects are of one class.
+
+        Args:
+            first: logits (B, S, 1) and boxes (B, S, 4); None: there is no such stage, and no term.
+        """
+        if first is None:
+            return {}
+        logits, boxes = first
+        nameless = Objects(objects.boxes_cxcywh, [torch.ones_like(labels) for labels in objects.labels])
+        terms = replace(self, kind="focal")(logits[None], boxes[None], nameless)
+        return {f"first_{name}": term for name, term in terms.items()}
+
+    def class_count(self, logits: Tensor) -> int:
+        """C of (..., C) or (..., C + 1)."""
+        return logits.shape[-1] - (self.kind == "softmax")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """(..., C) or (..., C + 1) -> (..., C) in [0, 1]: of each class, as the detector itself scores it."""
+        return logits.softmax(dim=-1)[..., :-1] if self.kind == "softmax" else logits.sigmoid()
 
     def box_losses(self, boxes_cxcywh: Tensor, matches: Matches, objects: Objects, count: Tensor) -> dict[str, Tensor]:
         """Terms ``l1`` and ``giou``: weighted sums over the matched pairs, divided by ``count``.

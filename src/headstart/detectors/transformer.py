@@ -6,7 +6,6 @@ repositories' weights, but for ``backbone.body.``, the backbone by its own libra
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from typing_extensions import Self
 from headstart.detectors.builders.transformer import Answers, QueryDetector
 from headstart.detectors.detector import Features, MatchAdvice, Matched, Queries, Target, as_float
 from headstart.detectors.formats import originals
-from headstart.detectors.pyramid import TorchvisionDetector, TorchvisionSettings, at_most, with_area
+from headstart.detectors.pyramid import TorchvisionDetector, TorchvisionSettings, at_most, with_area, with_classes
 from headstart.detectors.set_loss import Objects, SetLoss, objects_in_all, per_layer
 from headstart.matching import Matches
 from headstart.optim import OptimSettings
@@ -137,7 +136,7 @@ class TransformerDetector(TorchvisionDetector):
         """``class``, ``l1`` and ``giou``, over all decoder layers; two-stage, also the proposals' own, ``first_...``.
 
         Raises:
-            DataError: a box has no area.
+            DataError: a box has no area, or a label is beyond the classes.
         """
         with_area(targets)
         listed, scaled = self.module.transform([as_float(image) for image in images], list(targets))
@@ -145,16 +144,9 @@ class TransformerDetector(TorchvisionDetector):
         answers = self._answer(listed.tensors, sizes)
         objects = Objects.of(scaled, sizes)
         logits = self.module.logits(answers.hidden)
-        return {**self.set_loss(logits, answers.boxes, objects), **self.first_losses(answers.first, objects)}
-
-    def first_losses(self, first: tuple[Tensor, Tensor] | None, objects: Objects) -> dict[str, Tensor]:
-        """Two-stage: the set loss of the encoder's proposals, to which all objects are of one class."""
-        if first is None:
-            return {}
-        logits, boxes = first
-        nameless = Objects(objects.boxes_cxcywh, [torch.ones_like(labels) for labels in objects.labels])
-        terms = dataclasses.replace(self.set_loss, kind="focal")(logits[None], boxes[None], nameless)
-        return {f"first_{name}": term for name, term in terms.items()}
+        rule = self.set_loss
+        with_classes(targets, rule.class_count(logits))
+        return {**rule(logits, answers.boxes, objects), **rule.first_losses(answers.first, objects)}
 
     @property
     def class_parts(self) -> Sequence[str]:
@@ -200,7 +192,7 @@ class TransformerDetector(TorchvisionDetector):
         answers = self._answer(self.normalise(images, sizes), sizes)
         objects = Objects.of(targets, sizes.to(images.device))
         found, (image, query, box) = self._matched(answers, objects, projector.classes)
-        found = {**found, **self.first_losses(answers.first, objects)} if losses else {}
+        found = {**found, **self.set_loss.first_losses(answers.first, objects)} if losses else {}
         kept = at_most(len(image), most, image.device)
         image, query, box = image[kept], query[kept], box[kept]
         return Matched(projector(answers.hidden[-1][image, query]), image, box, found)

@@ -172,8 +172,7 @@ class JoinDet(DETReg):
         answers = detector.queries(images, sizes)
         map_ = min(answers.memory, key=lambda m: abs(math.log2(stride_of(m, padded) / s.stride_px)))
         logits = student.heads["f_cls"](answers.hidden[-1]).float()
-        softmax = detector.set_loss.kind == "softmax"  # its second value is of there being nothing
-        found = (logits.softmax(dim=-1) if softmax else logits.sigmoid())[..., 0].cpu()
+        found = detector.set_loss.probabilities(logits)[..., 0].cpu()
         scale = sizes.to(logits.device).flip(1).repeat(1, 2)[:, None]
         boxes = (xyxy(answers.boxes_cxcywh[-1].float()) * scale).cpu()
         refreshed = []

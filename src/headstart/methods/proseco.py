@@ -263,12 +263,7 @@ class ProSeCo(Method[ProSeCoSettings]):
         with torch.autocast(boxes.device.type, enabled=False):
             matches = set_loss.match(None, boxes, every)
             terms = set_loss.box_losses(boxes, matches, every, objects_in_all(objects, boxes))
-        if found.first is not None:
-            logits, first_boxes = found.first
-            one_class = dataclasses.replace(set_loss, kind="focal")
-            first = one_class(logits[None], first_boxes[None], objects)
-            terms |= {f"first_{name}": term for name, term in first.items()}
-        return terms
+        return {**terms, **set_loss.first_losses(found.first, objects)}
 
     # ---- health -----------------------------------------------------------------------------------------------
 

@@ -197,12 +197,8 @@ class QueryMethod(Method[Q]):
         loss = self.set_loss(student.detector)
         logits = student.heads["f_cls"](answers.hidden)
         terms, matches = loss.with_matches(logits, answers.boxes_cxcywh, objects)
-        if answers.first is not None:
-            first_logits, first_boxes = answers.first
-            first = replace(loss, kind="focal")(first_logits[None], first_boxes[None], objects)
-            terms |= {f"first_{name}": term for name, term in first.items()}
-        last = logits[-1].detach()
-        scores = last[..., 0] - last[..., 1] if loss.kind == "softmax" else last[..., 0]
+        terms |= loss.first_losses(answers.first, objects)
+        scores = loss.probabilities(logits[-1].detach().float())[..., 0]
         self._answered = Answered(scores, answers.boxes_cxcywh[-1].detach(), matches[-1], objects, described)
         return terms, matches
 
