@@ -52,7 +52,7 @@ from headstart.errors import SettingsError
 from headstart.methods.method import Method, Net, ViewBatch
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
-from headstart.views import Photometric, View, hflip, resize, visible
+from headstart.views import Photometric, View, hflip, resize_short, visible
 
 PAPER_TAU = 0.996
 
@@ -215,10 +215,7 @@ class AlignDet(Method[AlignDetSettings]):
         assert s.short_side_px is not None
         assert s.long_side_px is not None
         low, high = s.short_side_px
-        height, width = view.size
-        short = int(rng.integers(low, high + 1))
-        scale = min(short / min(height, width), s.long_side_px / max(height, width))
-        view = resize(view, (max(1, round(height * scale)), max(1, round(width * scale))))
+        view = resize_short(view, int(rng.integers(low, high + 1)), s.long_side_px)
         view = View(self.photometric(view.image, rng), view.boxes, view.ids)
         return hflip(view) if rng.random() < 0.5 else view
 

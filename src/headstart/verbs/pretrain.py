@@ -437,14 +437,11 @@ def _plain_batches(load: _Loader, count: int, input_px: tuple[int, int]) -> Iter
                 image, boxes = load.plain(index, input_px[0])
             except ImageError:
                 continue
-            short, long = input_px
             height, width = image.shape[:2]
             if not len(boxes):
                 boxes = np.array([[0, 0, width, height]], np.float32)
             boxes = boxes[rng.integers(len(boxes), size=NORM_BOXES)]
-            scale = min(short / min(height, width), long / max(height, width))
-            size = max(1, round(height * scale)), max(1, round(width * scale))
-            samples.append([views.resize(views.View(image, boxes, np.arange(NORM_BOXES)), size)])
+            samples.append([views.resize_short(views.View(image, boxes, np.arange(NORM_BOXES)), *input_px)])
         if len(samples) > 1:
             (batch,) = collate_views(samples, 32)
             yield batch.images, batch.boxes, batch.sizes
