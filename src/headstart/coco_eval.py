@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from headstart.errors import DataError
@@ -73,7 +74,7 @@ class Scores:
 
     def tables(self) -> list[Table]:
         """One table over all classes, one by class; values in percent."""
-        overall = Table(title=f"{SUITES[self.suite]} on {self.images} images, in %", title_justify="left")
+        overall = narrow_table(f"{SUITES[self.suite]} on {self.images} images, in %")
         overall.add_column("")
         for name in next(iter(self.metrics.values()), {}):
             overall.add_column(name, justify="right")
@@ -324,6 +325,11 @@ def _mean(values: np.ndarray) -> Value:
     """Of what is defined: the evaluator writes -1 for what is not."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else None
+
+
+def narrow_table(title: str) -> Table:
+    """Ten columns of numbers fit into a terminal of 80."""
+    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def percent(value: Value) -> str:

@@ -156,7 +156,12 @@ def test_evaluate_reads_the_run_and_writes_the_same_metrics(finetuned, scenes):
     at_the_end = json.loads((finetuned.path / "eval.json").read_text())
     assert written["metrics"] == at_the_end["metrics"] == evaluation.metrics
     assert written["metrics"].keys() == {"bbox", "segm"}
+    assert written["errors"] == at_the_end["errors"]
+    assert written["errors"].keys() == {"bbox", "segm"}
     assert json.loads((finetuned.path / "detections_val.json").read_text()) == evaluation.detections
+    other = headstart.evaluate(finetuned.path, scenes / "val.json", metric="voc", show=False)
+    assert other.path == finetuned.path / "eval_val_voc.json"
+    assert json.loads(other.path.read_text())["metric"] == "voc"
 
 
 def test_a_perfect_detector_has_ap_one(scenes, monkeypatch):
