@@ -454,8 +454,25 @@ def finetune(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Fine-tuned run folder, or transformers folder.", metavar="RUN")],
-    data: Annotated[Path, typer.Argument(help="COCO JSON, VOC folder, or ImageSets/Main list.", metavar="LABELS")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="Fine-tuned run folder or transformers folder; or boxes without classes: the .parquet file of "
+            "propose, or one in a run's priors/.",
+            metavar="RUN",
+        ),
+    ],
+    data: Annotated[
+        Path, typer.Argument(help="COCO JSON, VOC folder or ImageSets/Main list, or split file.", metavar="LABELS")
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="coco, lvis, voc (area under the curve), voc07 (11 points), or proposals (whatever the class).  "
+            "\\[default: that of the data]",
+        ),
+    ] = None,
     images: Annotated[Path | None, typer.Option("--images", help="Folder of the images.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="JSON file.  \\[default: RUN/eval_LABELS.json of a run]")
@@ -463,10 +480,10 @@ def evaluate(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 8,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:1.")] = "auto",
 ) -> None:
-    """COCO metrics of a fine-tuned run, boxes and masks, over all and per class: a table and a JSON file."""
+    """AP and AR of a fine-tuned run or of boxes, over all and per class, and what AP is lost to: tables and JSON."""
     from headstart.verbs.evaluate import evaluate as score
 
-    evaluation = score(run, data, images=images, out=out, batch_size=batch_size, device=device)
+    evaluation = score(run, data, metric=metric, images=images, out=out, batch_size=batch_size, device=device)
     for table in evaluation.tables():
         results.print(table)
     if evaluation.path is not None:
