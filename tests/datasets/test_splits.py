@@ -220,8 +220,7 @@ def test_split_files_that_do_not_fit(tmp_path: Path, content: str, message: str)
 
 def crowded(seed: int = 0, images: int = 40) -> DetectionData:
     """Several objects an image, of four classes; some images are empty."""
-    rng = np.random.default_rng(seed)
-    return data([rng.integers(1, 5, rng.integers(0, 7)).tolist() for _ in range(images)])
+    return data([[1 + b % 4 for b in hashlib.sha256(bytes([seed, i])).digest()[: i % 7]] for i in range(images)])
 
 
 def plain_shots(of: DetectionData, shots: int, seed: int) -> set[tuple[int, int]]:
@@ -263,7 +262,7 @@ def test_more_shots_hold_the_fewer_and_seeds_differ() -> None:
 
 def test_shots_are_the_same_everywhere() -> None:
     # Literals, for the reason above.
-    assert choose_shots(crowded(), 1, 0).objects == {108: [4], 120: [1], 132: [2], 104: [3]}
+    assert choose_shots(crowded(), 1, 0).objects == {104: [3], 131: [1, 3], 132: [2]}
     backwards = crowded()
     backwards.images.reverse()
     backwards.annotations.reverse()
