@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import headstart
 from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
-from headstart.errors import SettingsError
+from headstart.errors import RunError, SettingsError
 from headstart.optim import OptimSettings
 from headstart.verbs.finetune import TuneSettings, _Supervised, config_type, jitter_scale, settle
 
@@ -216,7 +216,9 @@ def test_validation_keeps_the_best_weights_and_ends_the_run(scenes, tmp_path, mo
     assert (again.summary.steps, again.best_step) == (8, 4)
     same = load_file(tmp_path / "cut" / "detector.safetensors")
     assert all(torch.equal(value, kept[key]) for key, value in same.items())
-    assert (tmp_path / "cut" / "best_000004.safetensors").is_file()
+    (tmp_path / "cut" / "best_000004.safetensors").unlink()
+    with pytest.raises(RunError, match=r"best_000004\.safetensors: is gone"):
+        validated(tmp_path / "cut", scenes, resume=True, **tune)
 
 
 def test_validation_needs_labels_and_patience_validation(scenes, tmp_path):

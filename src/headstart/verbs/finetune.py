@@ -24,7 +24,7 @@ from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector, Target, lent
 from headstart.detectors.weights import LoadReport, read_state, save_detector, write_plain_code
 from headstart.engine import Job, Summary, TrainSettings, fit, pick_device
-from headstart.errors import DataError, SettingsError
+from headstart.errors import DataError, RunError, SettingsError
 from headstart.optim import OptimSettings, settle_optim
 from headstart.runs import DETECTOR_FILE, Run, fingerprint
 from headstart.settings import Settings, flatten, merge, parse_assignments, validate
@@ -203,8 +203,16 @@ class _Validation:
         return {"best": self.best, "best_step": self.best_step, "since": self.since}
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state and self.file(state["best_step"]).is_file():
-            self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
+        """
+        Raises:
+            RunError: the best weights until then are gone.
+        """
+        if not state or state["best"] is None:
+            return
+        file = self.file(state["best_step"])
+        if not file.is_file():
+            raise RunError(f"{file}: is gone, the best weights so far, so the run can't go on; start it anew")
+        self.best, self.best_step, self.since = state["best"], state["best_step"], state["since"]
 
     def take_best(self) -> None:
         self.detector.module.load_state_dict(read_state(self.file(self.best_step)))
