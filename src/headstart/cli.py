@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import stdev
 from typing import Annotated, Any
 
 import typer
@@ -673,6 +674,38 @@ def split_protocol(
         notes.print(f"  {note}", soft_wrap=True, markup=False)
     for command in done.commands():
         results.print(command, markup=False, highlight=False, soft_wrap=True)
+
+
+@protocol.command("score")
+def score_protocol(
+    name: ProtocolName,
+    evaluations: Annotated[
+        list[Path], typer.Argument(help="eval.json of runs, for example one a seed.", metavar="EVAL...")
+    ],
+) -> None:
+    """AP50 of the novel classes of voc_split1 to 3, of the others, and of all; with several seeds their mean too."""
+    from headstart.protocols import score
+
+    rows = score(name, evaluations)
+    table = Table(title=f"{name}, AP50 in %", title_justify="left", box=None, pad_edge=False)
+    table.add_column("evaluation", overflow="fold")
+    for column in ("metric", "novel", "base", "all"):
+        table.add_column(column, justify="right")
+
+    def percent(values: Sequence[float | None]) -> str:
+        defined = [100 * value for value in values if value is not None]
+        if len(defined) < len(values) or not defined:
+            return "–"
+        spread = f" ± {stdev(defined):.1f}" if len(defined) > 1 else ""
+        return f"{sum(defined) / len(defined):.1f}{spread}"
+
+    for row in rows:
+        groups = (percent([value]) for value in (row.novel, row.base, row.all))
+        table.add_row(escape(str(row.path)), row.metric, *groups)
+    if len(rows) > 1:
+        groups = (percent(values) for values in zip(*((row.novel, row.base, row.all) for row in rows), strict=True))
+        table.add_row("mean ± standard deviation", "", *groups)
+    results.print(table)
 
 
 @app.command()

@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import layouts
 import pytest
 from typer.testing import CliRunner
 
+import headstart
 from headstart import protocols, recipes
 from headstart.cli import app
 from headstart.datasets.detection import DetectionData, load_detection_data
@@ -16,6 +18,7 @@ from headstart.datasets.splits import Split, choose_labelled, choose_shots, divi
 from headstart.datasets.voc import CLASSES
 from headstart.errors import DataError, SettingsError
 from headstart.protocols import PROTOCOLS
+from headstart.verbs.evaluate import Metric, usual_metric
 
 SETS: dict[str, Callable[[Path], Path]] = {
     "coco": layouts.coco,
@@ -51,7 +54,7 @@ def test_specs_are_whole(protocol: protocols.Protocol) -> None:
         assert recipes.read(recipe, "finetune")
     assert bool(protocol.data.val) == (protocol.keep is None)
     assert set(protocol.novel) <= set(CLASSES)
-    assert protocol.metrics
+    assert protocol.metrics.keys() <= set(get_args(Metric))
     assert protocol.name in protocol.text()
 
 
@@ -230,7 +233,8 @@ def test_splits_are_data_sets(archive: Path, tmp_path: Path, name: str, train: i
     assert sum(ours.class_counts().values()) == done.train_part.boxes
     assert [c.name for c in ours.categories] == [c.name for c in theirs.categories]
     assert all(image.path.is_file() for data in (ours, theirs) for image in data.images)
-    assert len(done.commands()) == len(PROTOCOLS[name].recipes)
+    assert len(done.commands()) == len(PROTOCOLS[name].recipes) + len(PROTOCOLS[name].metrics)
+    assert usual_metric(theirs) in PROTOCOLS[name].metrics
 
 
 def test_mini_coco_is_what_labels_draws(archive: Path, tmp_path: Path) -> None:
@@ -309,6 +313,55 @@ def test_settings_that_do_not_fit(archive: Path, tmp_path: Path) -> None:
             protocols.split(name, archive, tmp_path, **given)
     with pytest.raises(DataError, match=r"has fewer than 50 boxes of aeroplane"):
         protocols.split("voc_split1", archive, tmp_path, shots=50)
+
+
+def evaluation(path: Path, novel: float, base: float | None) -> Path:
+    by_class = {name: {"AP": 0.1, "AP50": novel if name in PROTOCOLS["voc_split1"].novel else base} for name in CLASSES}
+    path.write_text(json.dumps({"metric": "voc07", "per_class": {"bbox": by_class}}))
+    return path
+
+
+def test_novel_classes_apart(tmp_path: Path) -> None:
+    files = [evaluation(tmp_path / "a.json", 0.2, 0.6), evaluation(tmp_path / "b.json", 0.4, 0.6)]
+    first, second = protocols.score("voc_split1", files)
+    assert (first.novel, first.base, first.all) == pytest.approx((0.2, 0.6, 0.5))
+    assert second.novel == pytest.approx(0.4)
+    nothing = protocols.score("voc_split1", [evaluation(tmp_path / "c.json", 0.2, None)])[0]
+    assert (nothing.base, nothing.all) == (None, pytest.approx(0.2))
+    split2 = protocols.score("voc_split2", files)[0]  # cow and sofa are novel in both
+    assert split2.novel == pytest.approx((0.2 * 2 + 0.6 * 3) / 5)
+    printed = CliRunner().invoke(app, ["protocol", "score", "voc_split1", *map(str, files)]).output
+    assert "30.0 ± 14.1" in printed
+    with pytest.raises(SettingsError, match="protocol coco: has no novel classes"):
+        protocols.score("coco", files)
+    (tmp_path / "d.json").write_text('{"metric": "voc07", "per_class": {"bbox": {"dog": {"AP50": 1}}}}')
+    with pytest.raises(
+        DataError, match=r"d\.json: has no class bird, bus, cow, motorbike, sofa; expected"
+    ):
+        protocols.score("voc_split1", [tmp_path / "d.json"])
+    (tmp_path / "d.json").write_text('{"bbox": {}}')
+    with pytest.raises(DataError, match=r'd\.json: has no "metric" or AP50 by class'):
+        protocols.score("voc_split1", [tmp_path / "d.json"])
+
+
+def test_shots_are_trained_on_and_scored(archive: Path, tmp_path: Path, tiny: dict) -> None:
+    done = protocols.split("voc_split1", archive, tmp_path / "shots", shots=1)
+    tuned = headstart.finetune(
+        "scratch",
+        done.train,
+        done.val,
+        detector="faster_rcnn",
+        out=tmp_path / "run",
+        max_steps=1,
+        batch_size=2,
+        settings={f"detector.{k}": v for k, v in tiny.items()} | {"train.workers": 0},
+        show=False,
+    )
+    labels = json.loads((tuned.path / "labels.json").read_text())
+    assert {image["id"] for image in labels["images"]} == set(ids(load_detection_data(done.train)))
+    groups = protocols.score("voc_split1", [tuned.path / "eval.json"])[0]
+    assert groups.metric == "voc07"
+    assert groups.all is not None
 
 
 def test_command_line(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,14 @@ of them needs; :func:`split` writes its exact images, and boxes, to two files th
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headstart.datasets.detection import DetectionData, load_detection_data, union
+from headstart.datasets.detection import DetectionData, load_detection_data, named, union
 from headstart.datasets.splits import Origin, Source, Split, choose_labelled, divide, write_split
 from headstart.errors import DataError, SettingsError
+from headstart.files import read_json
 from headstart.protocols.check import Check, Finding, place_of, root_of
 from headstart.protocols.check import check as _check
 from headstart.protocols.published import read_published
@@ -54,11 +56,23 @@ class Splits:
         return self.val_part.path
 
     def commands(self) -> list[str]:
-        """How to fine-tune on them, a line a paper's schedule."""
-        return [
+        """How to fine-tune on them, a line a paper's schedule; and how to score, a line a suite of metrics."""
+        tune = [
             f"headstart finetune START --recipe {recipe} --train {self.train} --val {self.val}"
             for recipe in self.protocol.recipes
         ]
+        return tune + [f"headstart evaluate RUN {self.val} --metric {suite}" for suite in self.protocol.metrics]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What :func:`score` returns: means of AP50 over classes, in 0..1; None where no class of the group has objects."""
+
+    path: Path
+    metric: str
+    novel: float | None
+    base: float | None
+    all: float | None
 
 
 def find(name: str) -> Protocol:
@@ -166,6 +180,42 @@ def split(
     return Splits(protocol, seed, shots, *parts)
 
 
+def score(name: str, evaluations: Sequence[Path | str]) -> list[Groups]:
+    """AP50 of boxes over the novel classes of a few-shot protocol, over the others, and over all.
+
+    Args:
+        evaluations: files that ``headstart evaluate`` and ``finetune`` write (``eval.json``), for example of several
+            seeds.
+
+    Raises:
+        SettingsError: there is no such protocol, or it has no novel classes.
+        DataError: a file is something else, or lacks a class.
+    """
+    protocol = find(name)
+    if not protocol.novel:
+        raise SettingsError(f"protocol {name}: has no novel classes; its metrics are what headstart evaluate prints")
+    return [_groups(Path(file), protocol) for file in evaluations]
+
+
+def _groups(file: Path, protocol: Protocol) -> Groups:
+    content = read_json(file, "an evaluation that headstart evaluate wrote")
+    try:
+        by_class = {str(k): v["AP50"] for k, v in content["per_class"]["bbox"].items()}
+        metric = str(content["metric"])
+    except (KeyError, TypeError, AttributeError):
+        raise DataError(f'{file}: has no "metric" or AP50 by class; expected what headstart evaluate wrote') from None
+    absent = [name for name in protocol.novel if name not in by_class]
+    if absent:
+        raise DataError(f"{file}: has no class {named(absent)}; expected an evaluation on VOC")
+
+    def mean(names: Iterable[str]) -> float | None:
+        values = [by_class[name] for name in names if by_class[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    base = [name for name in by_class if name not in protocol.novel]
+    return Groups(file, metric, mean(protocol.novel), mean(base), mean(by_class))
+
+
 def _load(sources: tuple[Annotated, ...], root: Path) -> tuple[DetectionData, Origin]:
     places = tuple(Source(place_of(source, root), source.images) for source in sources)
     parts = [load_detection_data(root / place.file, root / place.images) for place in places]
@@ -183,4 +233,4 @@ def _folder(protocol: Protocol, seed: int, shots: int | None, ids: Path | str | 
     return Path("splits") / "-".join(words)
 
 
-__all__ = ["PROTOCOLS", "Check", "Finding", "Part", "Protocol", "Splits", "check", "find", "split"]
+__all__ = ["PROTOCOLS", "Check", "Finding", "Groups", "Part", "Protocol", "Splits", "check", "find", "score", "split"]
