@@ -253,7 +253,8 @@ def propose(
 ) -> None:
     """Find class-less boxes (Selective Search, or what stands out in a backbone's features) in a folder of images.
 
-    Every method trains on them. headstart propose PHOTOS --engine attention --backbone resnet50 --weights FILE
+    Methods train on them, but those that make boxes of their own (updetr, joindet). Without Selective Search:
+    headstart propose PHOTOS --engine attention --backbone resnet50 --weights FILE
 
     A killed command goes on where it stopped when it is repeated; new images in the folder are added. In a cluster's
     job array, each job does its share: headstart propose PHOTOS --out FILE --shard $SLURM_ARRAY_TASK_ID/100
@@ -399,7 +400,7 @@ def finetune(
     train: Annotated[
         Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder or ImageSets/Main list, or split file.")
     ],
-    val: Annotated[Path | None, typer.Option("--val", help="Labels to evaluate on at the end.")] = None,
+    val: Annotated[Path | None, typer.Option("--val", help="Labels to evaluate on.")] = None,
     labels: Annotated[
         str,
         typer.Option(
