@@ -253,7 +253,7 @@ def propose(
 ) -> None:
     """Find class-less boxes (Selective Search, or what stands out in a backbone's features) in a folder of images.
 
-    Methods train on them, but those that make boxes of their own (updetr, joindet). Without Selective Search:
+    Methods train on them, but those that make boxes of their own. Without Selective Search:
     headstart propose PHOTOS --engine attention --backbone resnet50 --weights FILE
 
     A killed command goes on where it stopped when it is repeated; new images in the folder are added. In a cluster's
