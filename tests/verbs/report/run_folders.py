@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from headstart.coco_eval import score
 from headstart.proposals.store import Row, schema_for, table_of, write_rows
+from headstart.tide import analyse
 
 CLASSES = ["disc", "<script>alert(1)</script>", "bar & $tripe$"]
 SIZE = (200, 150)
@@ -205,6 +206,7 @@ def make_finetuning(
         detections = make_detections(truth, quality, 100 + seed + 10 * steps)
         scores = score(truth, detections, ("bbox",)).to_json()
         scores |= {"data": str(truth_file), "detections": "detections.json"}
+        scores["errors"] = {"bbox": analyse(truth, detections).to_json()}
         (folder / "eval.json").write_text(json.dumps(scores))
         (folder / "detections.json").write_text(json.dumps(detections))
     return folder

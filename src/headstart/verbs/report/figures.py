@@ -271,6 +271,34 @@ def level_shares(steps: np.ndarray, shares: np.ndarray, labels: Sequence[str], n
             area.set_edgecolor(PAPER)
             area.set_hatch(patterns[i % len(patterns)])
             area.set_label(label)
+def error_bars(series: Sequence[Series], types: Sequence[str], name: str, alt: str) -> str:
+    """A block of bars a type of error, one bar a way of starting; ``values[k]`` are the gains of type k, in 0..1."""
+    n, step = len(series), 1.0 / (len(series) + 0.8)
+    with _figure(5.6, 0.75 + len(types) * (0.24 + 0.17 * n)) as (figure, axes):
+        for row, one in enumerate(series):
+            look = one.look
+            for k, values in one.values.items():
+                if not values:
+                    continue
+                points, at = 100 * np.array(values), k + (row - (n - 1) / 2) * step
+                axes.barh(at, points.mean(), height=0.82 * step, color=look.color, alpha=0.55, linewidth=0)
+                axes.hlines(at, points.min(), points.max(), color=INK, linewidth=1.0)
+                # The marker tells the bars apart without colours; the number stands clear of the range.
+                axes.plot(points.mean(), at, look.marker, color=look.color, markersize=5.5, markeredgecolor=PAPER)
+                axes.annotate(f"{points.mean():.1f}", (max(points.max(), points.mean()), at), (7, 0),
+                              textcoords="offset points", va="center", fontsize=7.5, color=MUTED)  # fmt: skip
+        axes.set_ylim(len(types) - 0.45, -0.55)
+        axes.set_yticks(range(len(types)), types)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+        axes.set_xlabel("points of AP50")
+        return to_svg(figure, name, alt)
+
+
         axes.set_title("Boxes by pyramid level")
         axes.set_xlabel("step")
         axes.set_ylabel("share of boxes, %")

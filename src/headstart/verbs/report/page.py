@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from headstart.coco_eval import SUITES
 from headstart.console import short_time
 from headstart.verbs.report import figures, statistics, words
+from headstart.verbs.report.errors import ErrorTypes, error_types
 from headstart.verbs.report.figures import Look, Series
 from headstart.verbs.report.gallery import Gallery, gallery
 from headstart.verbs.report.parts import Key, Looks, Note, Pictures, Shown
@@ -63,10 +65,11 @@ class ClassTable:
 
 @dataclass
 class Results:
-    """All runs evaluated on one data set."""
+    """All runs evaluated on one data set, by one suite of metrics."""
 
     data: str
     images: int
+    suite: str
     columns: list[str]
     rows: list[Row]
     axis: tuple[str, str]
@@ -75,6 +78,7 @@ class Results:
     versus: list[Versus]
     figure: Shown
     legend: list[Key]
+    errors: list[ErrorTypes]
     class_tables: list[ClassTable]
     gallery: Gallery
 
@@ -90,15 +94,18 @@ class Setting:
 
 
 def results(runs: Sequence[Run], looks: Looks, photos: Pictures, images: int, threshold: float) -> list[Results]:
-    """One entry for each data set that runs were evaluated on, the one with most runs first."""
-    by_data: dict[tuple[str, int], list[tuple[Run, Evaluation]]] = {}
+    """One entry for each data set and suite of metrics that runs were evaluated by, the one with most runs first.
+
+    Evaluations whatever the class (proposals) say nothing of a detector that knows classes, and are left out.
+    """
+    by_data: dict[tuple[str, int, str], list[tuple[Run, Evaluation]]] = {}
     for run in runs:
         if run.kind != "finetune":
             continue
         seen = set()
-        for evaluation in run.evaluations:
+        for evaluation in (e for e in run.evaluations if e.suite != "proposals"):
             where = Path(evaluation.data)
-            key = (str(where.resolve()) if where.exists() else evaluation.data, evaluation.images)
+            key = (str(where.resolve()) if where.exists() else evaluation.data, evaluation.images, evaluation.suite)
             if key not in seen:  # finetune's own evaluation and a later one of the same data are one result
                 seen.add(key)
                 by_data.setdefault(key, []).append((run, evaluation))
@@ -145,6 +152,7 @@ def _results(
     return Results(
         data=evaluation.data,
         images=evaluation.images,
+        suite=SUITES.get(evaluation.suite, evaluation.suite),
         columns=["Mask AP" if iou_type == "segm" else metric for metric, iou_type in metrics],
         rows=rows,
         axis=(words.percent(low), words.percent(high)),
@@ -153,6 +161,7 @@ def _results(
         versus=[_versus(comparison, looks) for comparison in found],
         figure=_labels_figure(groups, looks, name),
         legend=looks.keys(group.key.start for group in groups),
+        errors=error_types(groups, looks, name),
         class_tables=_class_tables(groups, looks),
         gallery=gallery(groups, looks, photos, images, threshold),
     )
@@ -309,6 +318,14 @@ def missing(runs: Sequence[Run], found: Sequence[Results]) -> list[Note]:
                     f"headstart evaluate {shlex.quote(str(run.path))} {validation}",
                 )
             )
+    older = [(run, e) for run in tuned for e in run.evaluations if not e.errors and e.suite != "proposals"]
+    if older:
+        again = [
+            shlex.join(["headstart", "evaluate", str(run.path), e.data or "val.json", "--out", str(e.file)])
+            for run, e in older
+        ]
+        text = f"{words.plural(len(older), 'evaluation')} of an older version, without what AP is lost to:"
+        notes.append(Note(text, "\n".join(again)))
     if not tuned:
         source = shlex.quote(str(pretrained[0].path))
         notes.append(

@@ -50,9 +50,17 @@ class GroupKey:
     budget: str
 
 
+@dataclass(frozen=True)
+class Errors:
+    """Error types of one IoU type: gains of AP50 in 0..1, and how many there are."""
+
+    gains: dict[str, float | None]
+    counts: dict[str, int]
+
+
 @dataclass
 class Evaluation:
-    """One ``eval*.json``. Metrics are in 0..1, None where undefined."""
+    """One ``eval*.json``. Metrics are in 0..1, None where undefined; ``errors`` by IoU type, where it has them."""
 
     file: Path
     data: str
@@ -60,6 +68,8 @@ class Evaluation:
     metrics: dict[str, dict[str, float | None]]
     per_class: dict[str, dict[str, dict[str, float | None]]]
     detections: Path | None
+    suite: str = "coco"
+    errors: dict[str, Errors] = field(default_factory=dict)
 
 
 @dataclass
@@ -250,6 +260,14 @@ def _read_evaluation(file: Path, notes: list[str]) -> Evaluation | None:
             metrics=metrics,
             per_class=per_class,
             detections=file.parent / named if isinstance(named, str) else None,
+            suite=str(values.get("metric", "coco")),
+            errors={
+                iou_type: Errors(
+                    {name: _defined(gain) for name, gain in found["dAP"].items()},
+                    {name: int(count) for name, count in found["counts"].items()},
+                )
+                for iou_type, found in values.get("errors", {}).items()
+            },
         )
     except (DataError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error) if isinstance(error, DataError) else f"{file}: not an evaluation ({error!r})"
