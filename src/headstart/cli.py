@@ -162,6 +162,14 @@ class _Finetune(_WithSettings):
         return config_type(detector), f"{self.name} with {detector} (--detector)"
 
 
+class _Compare(_WithSettings):
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
+        from headstart.verbs.finetune import config_type
+
+        detector = _detector_given(arguments, "finetune", "faster_rcnn")
+        return config_type(detector), f"the detector and of fine-tuning, with {detector} (--detector)"
+
+
 def _detector_given(arguments: Sequence[str], verb: str, otherwise: str) -> str:
     from headstart.recipes import read
 
@@ -498,9 +506,123 @@ def evaluate(
         notes.print(f"Written: {evaluation.path}")
 
 
+@app.command(cls=_Compare)
+def compare(
+    train: Annotated[Path, typer.Option("--train", help="Labels: COCO JSON, VOC folder, or ImageSets/Main list.")],
+    val: Annotated[Path, typer.Option("--val", help="Labels to evaluate on.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the runs and the answer; the same goes on with it.")],
+    starts: Annotated[
+        str,
+        typer.Option(
+            "--starts",
+            help="Ways of starting, with commas: scratch, imagenet, run folders, weights files, methods (soco), and "
+            "methods on another start (aligndet@soco). The baseline is scratch, or else the first.",
+        ),
+    ],
+    labels: Annotated[
+        str, typer.Option("--labels", help="Label budgets, with commas: 10%, a number of images, all.")
+    ] = "1%,5%,10%,100%",
+    seeds: Annotated[
+        int, typer.Option("--seeds", help="Runs for each start and budget; 3 at least for a verdict.")
+    ] = 3,
+    unlabelled: Annotated[
+        Path | None, typer.Option("--unlabelled", help="Photos to pretrain on, once for each method.", metavar="PHOTOS")
+    ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(
+            "--detector",
+            help=f"{', '.join(FAMILIES)}.  \\[default: the recipe's, or as the first start that is a run]",
+            metavar="NAME",
+        ),
+    ] = None,
+    backbone: Backbone = None,
+    train_images: Annotated[Path | None, typer.Option("--train-images", help="Folder of --train's images.")] = None,
+    val_images: Annotated[Path | None, typer.Option("--val-images", help="Folder of --val's images.")] = None,
+    proposals: Annotated[
+        Path | None, typer.Option("--proposals", help="Boxes of --unlabelled.  \\[default: found here, once]")
+    ] = None,
+    recipe: Recipe = None,
+    pretrain_recipe: Annotated[
+        list[str] | None,
+        typer.Option("--pretrain-recipe", help="Recipe of another method; may be repeated.", show_default=False),
+    ] = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    pretrain_epochs: Annotated[
+        float | None, typer.Option("--pretrain-epochs", help="Length of every pretraining, in passes over the photos.")
+    ] = None,
+    pretrain_max_steps: Annotated[
+        int | None, typer.Option("--pretrain-max-steps", help="Length of every pretraining, in steps.")
+    ] = None,
+    settings: Set = None,
+    pretrain_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pretrain-set",
+            help="A setting of every pretraining, or of one method's; may be repeated.",
+            metavar="[METHOD:]KEY=VALUE",
+            show_default=False,
+        ),
+    ] = None,
+    device: Device = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="Runs at once.  \\[default: one a CUDA device, one on the CPU]")
+    ] = None,
+    stop_early: Annotated[
+        bool, typer.Option("--stop-early", help="Add seeds one by one, and stop when the verdict is clear.")
+    ] = False,
+) -> None:
+    """Does pretraining pay on these data? Every start with every label budget and seed, by one schedule.
+
+    Pretrains what has to be, once; fine-tunes the grid; prints the verdict, and writes compare.json, pictures and a
+    report. A killed command goes on where it stopped when it is repeated. --epochs, --max-steps, --set are of
+    fine-tuning, the same for all.
+
+    headstart compare --detector faster_rcnn --train train.json --val val.json --unlabelled PHOTOS
+    --starts scratch,soco,aligndet@soco --labels 5%,10%,25%,100% --seeds 3 --out runs/compare
+    """
+    from headstart.verbs.compare import compare as run
+
+    done = run(
+        train,
+        val,
+        out=out,
+        starts=starts.split(","),
+        labels=labels.split(","),
+        seeds=seeds,
+        unlabelled=unlabelled,
+        detector=detector,
+        backbone=backbone,
+        train_images=train_images,
+        val_images=val_images,
+        proposals=proposals,
+        recipe=recipe,
+        pretrain_recipes=pretrain_recipe or [],
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        pretrain_epochs=pretrain_epochs,
+        pretrain_max_steps=pretrain_max_steps,
+        settings=settings or [],
+        pretrain_settings=pretrain_settings or [],
+        device=device,
+        jobs=jobs,
+        stop_early=stop_early,
+    )
+    for table in done.tables():
+        results.print(table)
+    for sentence in done.sentences:
+        results.print(f"\n{sentence}", markup=False)
+    notes.print(f"Written: {done.path}", markup=False)
+    if not done.finished:
+        raise typer.Exit(STOPPED)
+
+
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or what compare made.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
     images: Annotated[int, typer.Option("--images", help="Photos shown with detections.")] = 12,
     threshold: Annotated[

@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from headstart.errors import RunError
 from headstart.files import write_text
-from headstart.verbs.report import curves, page, samples
+from headstart.verbs.report import comparison, curves, page, samples
 from headstart.verbs.report.parts import Looks, Pictures
 from headstart.verbs.report.runs import read_runs
 from headstart.verbs.report.statistics import RULE
@@ -29,7 +29,8 @@ def report(
     that makes it. The file loads nothing from elsewhere.
 
     Args:
-        runs: folders that ``pretrain`` and ``finetune`` made; runs that differ in their seed form a group.
+        runs: folders that ``pretrain`` and ``finetune`` made; runs that differ in their seed form a group. A folder
+            that ``compare`` made stands for all its runs, and brings its verdict.
         out: the HTML file; replaced if it exists.
         images: photos shown with detections, and at most as many with proposals.
         threshold: detections with at least this score are drawn; where an image has none, its best one.
@@ -44,7 +45,8 @@ def report(
     if out.is_dir():
         raise RunError(f"{out}: is a folder; expected the name of an HTML file, for example {out / 'report.html'}")
 
-    records = read_runs(folders)
+    inside, comparisons = comparison.run_folders(folders)
+    records = read_runs(inside)
     looks = Looks(records)
     photos = Pictures()
     results = page.results(records, looks, photos, images, threshold)
@@ -61,6 +63,10 @@ def report(
         created=datetime.now().astimezone(),
         runs=records,
         run_rows=page.run_rows(records),
+        comparisons=[
+            comparison.answered(path, content, records, looks, f"compare{i}")
+            for i, (path, content) in enumerate(comparisons)
+        ],
         results=results,
         missing=page.missing(records, results),
         pretraining=curves.pretraining(records),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -18,6 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from headstart.files import replacing
 
 # matplotlib wants real colours, the page wants variables: these stand-ins are replaced in the finished SVG.
 N_SERIES = 7
@@ -29,6 +32,9 @@ VARIABLES = {color: f"var(--s{i})" for i, color in enumerate(SERIES)} | {
     GRID: "var(--grid)",
     PAPER: "var(--paper)",
 }
+# The page's light colours, for pictures that stand alone.
+PRINTED = dict(zip(SERIES, ("#5d6874", "#0072b2", "#d55e00", "#00875f", "#b0508f", "#a87700", "#3b8fd1"), strict=True))
+PRINTED |= {INK: "#1b2025", MUTED: "#59636e", GRID: "#e3e6ea", PAPER: "#ffffff"}
 MARKERS = "osD^vPX"
 DASHES: list[str | tuple[float, tuple[float, ...]]] = [
     "solid",
@@ -189,6 +195,56 @@ def ap_against_labels(series: Sequence[Series], name: str, alt: str, metric: str
         return to_svg(figure, name, alt)
 
 
+@dataclass(frozen=True)
+class BandLine:
+    """One line with its band: (points,) each, in the axes' units; NaN in ``low`` and ``high`` where there is none."""
+
+    label: str
+    look: Look
+    x: np.ndarray
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def ap_bands(lines: Sequence[BandLine], name: str, alt: str) -> str:
+    """AP in % against the number of labelled images, with bands."""
+    with _figure(5.6, 3.4) as (figure, axes):
+        _draw_bands(axes, lines, {})
+        return to_svg(figure, name, alt)
+
+
+def save_ap_bands(lines: Sequence[BandLine], path: Path) -> None:
+    """The same as a picture that stands alone, with a legend: PNG or SVG, as ``path`` ends."""
+    style = {k: PRINTED.get(v, v) if isinstance(v, str) else v for k, v in STYLE.items()}
+    with matplotlib.rc_context({**style, "svg.hashsalt": path.name}), replacing(path) as temporary:
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.add_subplot()
+        _draw_bands(axes, lines, PRINTED)
+        axes.legend(handlelength=2.6)
+        kind = path.suffix[1:]
+        plain = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+        figure.savefig(temporary, format=kind, dpi=150, facecolor=PRINTED[PAPER], metadata=plain)
+
+
+def _draw_bands(axes: Axes, lines: Sequence[BandLine], paint: Mapping[str, str]) -> None:
+    for line in lines:
+        look, color = line.look, paint.get(line.look.color, line.look.color)
+        axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.18, linewidth=0)
+        if len(line.x) == 1:  # a band of one point has no width
+            axes.vlines(line.x, line.low, line.high, color=color, linewidth=4, alpha=0.3)
+        axes.plot(line.x, line.mean, color=color, linestyle=look.dashes, marker=look.marker, markersize=6.5,
+                  markeredgecolor=paint.get(PAPER, PAPER), label=line.label)  # fmt: skip
+    budgets = sorted({float(x) for line in lines for x in line.x})
+    axes.set_xscale("log")
+    axes.set_xticks(budgets, [f"{b:g}" for b in budgets])
+    axes.minorticks_off()
+    axes.margins(x=0.06)
+    axes.grid(axis="x", visible=False)
+    axes.set_xlabel("labelled images")
+    axes.set_ylabel("AP, %")
+
+
 def seeds_strip(series: Sequence[Series], paired: Sequence[dict[int, float]], name: str, alt: str) -> str:
     """One label budget: a row a way of starting, a mark a seed, a tick at the mean, lines join seeds."""
     n = len(series)
@@ -212,6 +268,34 @@ def seeds_strip(series: Sequence[Series], paired: Sequence[dict[int, float]], na
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
         axes.set_xlabel("AP, %")
+        return to_svg(figure, name, alt)
+
+
+def error_bars(series: Sequence[Series], types: Sequence[str], name: str, alt: str) -> str:
+    """A block of bars a type of error, one bar a way of starting; ``values[k]`` are the gains of type k, in 0..1."""
+    n, step = len(series), 1.0 / (len(series) + 0.8)
+    with _figure(5.6, 0.75 + len(types) * (0.24 + 0.17 * n)) as (figure, axes):
+        for row, one in enumerate(series):
+            look = one.look
+            for k, values in one.values.items():
+                if not values:
+                    continue
+                points, at = 100 * np.array(values), k + (row - (n - 1) / 2) * step
+                axes.barh(at, points.mean(), height=0.82 * step, color=look.color, alpha=0.55, linewidth=0)
+                axes.hlines(at, points.min(), points.max(), color=INK, linewidth=1.0)
+                # The marker tells the bars apart without colours; the number stands clear of the range.
+                axes.plot(points.mean(), at, look.marker, color=look.color, markersize=5.5, markeredgecolor=PAPER)
+                axes.annotate(f"{points.mean():.1f}", (max(points.max(), points.mean()), at), (7, 0),
+                              textcoords="offset points", va="center", fontsize=7.5, color=MUTED)  # fmt: skip
+        axes.set_ylim(len(types) - 0.45, -0.55)
+        axes.set_yticks(range(len(types)), types)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
+        axes.set_xlabel("points of AP50")
         return to_svg(figure, name, alt)
 
 
@@ -271,34 +355,6 @@ def level_shares(steps: np.ndarray, shares: np.ndarray, labels: Sequence[str], n
             area.set_edgecolor(PAPER)
             area.set_hatch(patterns[i % len(patterns)])
             area.set_label(label)
-def error_bars(series: Sequence[Series], types: Sequence[str], name: str, alt: str) -> str:
-    """A block of bars a type of error, one bar a way of starting; ``values[k]`` are the gains of type k, in 0..1."""
-    n, step = len(series), 1.0 / (len(series) + 0.8)
-    with _figure(5.6, 0.75 + len(types) * (0.24 + 0.17 * n)) as (figure, axes):
-        for row, one in enumerate(series):
-            look = one.look
-            for k, values in one.values.items():
-                if not values:
-                    continue
-                points, at = 100 * np.array(values), k + (row - (n - 1) / 2) * step
-                axes.barh(at, points.mean(), height=0.82 * step, color=look.color, alpha=0.55, linewidth=0)
-                axes.hlines(at, points.min(), points.max(), color=INK, linewidth=1.0)
-                # The marker tells the bars apart without colours; the number stands clear of the range.
-                axes.plot(points.mean(), at, look.marker, color=look.color, markersize=5.5, markeredgecolor=PAPER)
-                axes.annotate(f"{points.mean():.1f}", (max(points.max(), points.mean()), at), (7, 0),
-                              textcoords="offset points", va="center", fontsize=7.5, color=MUTED)  # fmt: skip
-        axes.set_ylim(len(types) - 0.45, -0.55)
-        axes.set_yticks(range(len(types)), types)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-        axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(_short_number))
-        axes.set_xlabel("points of AP50")
-        return to_svg(figure, name, alt)
-
-
         axes.set_title("Boxes by pyramid level")
         axes.set_xlabel("step")
         axes.set_ylabel("share of boxes, %")

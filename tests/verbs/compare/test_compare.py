@@ -1,0 +1,222 @@
+"""The grid: how starts are written, what is refused before it runs, and a small comparison that is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import headstart
+from headstart.errors import DataError, RunError, SettingsError
+from headstart.verbs.compare import pool
+from headstart.verbs.compare.plan import Task, cell_seed, make_plan
+from headstart.verbs.compare.starts import parse_starts
+from headstart.verbs.report import report
+
+SOCO = ["soco:method.view_px=64", "soco:hidden=32", "soco:dim=16", "proposals.engine=random", "train.workers=0"]
+
+
+@pytest.fixture(scope="module")
+def arguments(scenes: Path, tiny: dict) -> dict:
+    return {
+        "train": scenes / "train.json",
+        "val": scenes / "val.json",
+        "unlabelled": scenes / "unlabelled",
+        "starts": ["scratch", "soco"],
+        "labels": ["2", "100%"],
+        "seeds": 2,
+        "detector": "faster_rcnn",
+        "max_steps": 2,
+        "batch_size": 2,
+        "pretrain_max_steps": 2,
+        "settings": [*(f"detector.{k}={v}" for k, v in tiny.items()), "train.workers=0"],
+        "pretrain_settings": [*SOCO, "batch_size=4"],
+    }
+
+
+def planned(out: Path, arguments: dict, **changes):
+    unset = dict.fromkeys(("backbone", "train_images", "val_images", "proposals", "recipe"))
+    every = {**unset, "pretrain_recipes": (), **arguments, **changes}
+    schedule = {"max_steps": every.pop("max_steps"), "batch_size": every.pop("batch_size")}
+    return make_plan(out, schedule=schedule, pretrain_schedule={"max_steps": every.pop("pretrain_max_steps")}, **every)
+
+
+# ---- starts and plans ----------------------------------------------------------------------------------------------
+
+
+def test_starts_are_words_paths_methods_and_chains(tmp_path: Path):
+    file = tmp_path / "w.pth"
+    file.touch()
+    starts = parse_starts(["scratch", "imagenet", str(file), "soco", " proseco@aligndet@soco", f"detreg@{file}"])
+    assert [s.name for s in starts] == ["scratch", "imagenet", "w", "soco", "proseco@aligndet@soco", "detreg@w"]
+    assert starts[2].source == str(file)
+    chain = starts[4]
+    assert (chain.method, chain.on.method, chain.on.on.method, chain.on.on.on) == ("proseco", "aligndet", "soco", None)
+    assert (starts[5].method, starts[5].on.source) == ("detreg", str(file))
+    for wrong, message in [
+        (["scratch"], "two or more"),
+        (["soco", "soco"], "named twice"),
+        (["scratch", "sco"], "no file or run folder that is there"),
+        (["scratch", "soco@nowhere"], "METHOD@START"),
+    ]:
+        with pytest.raises(SettingsError, match=message):
+            parse_starts(wrong)
+
+
+def test_a_plan_prepares_each_thing_once(tmp_path: Path, arguments: dict):
+    plan = planned(tmp_path, arguments, starts=["soco", "scratch", "adept", "aligndet"], seeds=3)
+    assert plan.baseline == "scratch"
+    assert plan.starts == ["soco", "scratch", "adept", "aligndet@soco"]
+    assert any("aligndet freezes the backbone" in note for note in plan.notes)
+    pretrained = {name: task for name, task in plan.preparing.items() if task.verb == "pretrain"}
+    assert list(pretrained) == ["soco", "adept", "aligndet@soco"]
+    assert pretrained["aligndet@soco"].needs[0] == "soco"
+    assert pretrained["aligndet@soco"].arguments["start"] == str(pretrained["soco"].out)
+    assert plan.chains["scratch"] == []
+    chain = [name for name in plan.chains["aligndet@soco"] if name in pretrained]
+    assert chain == ["soco", "aligndet@soco"]
+    assert pretrained["soco"].arguments["settings"]["method.hidden"] == 32  # given to soco alone
+    assert "method.hidden" not in pretrained["adept"].arguments["settings"]
+    assert all(task.arguments["settings"]["train.batch_size"] == 4 for task in pretrained.values())
+    order = [task.name for task in plan.tasks(3)]
+    assert all(order.index(need) < order.index(task.name) for task in plan.tasks(3) for need in task.needs)
+
+
+def test_all_starts_get_the_same_images_seeds_and_schedule(tmp_path: Path, arguments: dict):
+    plan = planned(tmp_path, arguments, seeds=3)
+    assert plan.budgets == {"2": 2, "100%": 8}
+    assert [len(row) for row in plan.cells] == [4, 4, 4]
+    by_start: dict = {}
+    for cell in (cell for row in plan.cells for cell in row):
+        called = {k: v for k, v in cell.task.arguments.items() if k != "start"}
+        by_start.setdefault(cell.start, []).append(called)
+    assert by_start["scratch"] == by_start["soco"]
+    seeds = [called["seed"] for called in by_start["soco"]]
+    assert len(set(seeds)) == len(seeds) == 6  # no two budgets share one: their pairs would not be independent
+    assert cell_seed(2, 1) in seeds
+
+
+def test_a_method_that_does_not_fit_the_detector_lends_its_backbone(tmp_path: Path, arguments: dict):
+    settings = ["detector.backbone=resnet18", "detector.fpn_channels=8", "detector.short_side_px=64"]
+    plan = planned(tmp_path, arguments, detector="retinanet", starts=["scratch", "aligndet"], settings=settings)
+    soco, aligndet = plan.preparing["soco"], plan.preparing["aligndet@soco"]
+    assert (soco.arguments["detector"], aligndet.arguments["detector"]) == ("faster_rcnn", "retinanet")
+    for task in (soco, aligndet):
+        assert task.arguments["settings"]["detector.backbone"] == "resnet18"
+        assert task.arguments["settings"]["detector.fpn_channels"] == 8
+
+
+def test_recipes_go_to_their_methods(tmp_path: Path, arguments: dict):
+    plan = planned(
+        tmp_path,
+        arguments,
+        detector=None,
+        settings=[],
+        starts=["scratch", "aligndet", "adept"],
+        recipe="small_cpu",
+        pretrain_recipes=["small_cpu_aligndet"],
+    )
+    recipes = {n: t.arguments["recipe"] for n, t in plan.preparing.items() if t.verb == "pretrain"}
+    assert recipes == {"soco": "small_cpu", "aligndet@soco": "small_cpu_aligndet", "adept": None}
+    assert plan.preparing["adept"].arguments["settings"]["detector.head_width"] == 256  # one detector for all
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"unlabelled": None}, SettingsError, "expected --unlabelled"),
+        ({"labels": ["100%", "8"]}, SettingsError, "same number of images"),
+        ({"labels": ["9"]}, SettingsError, "only 8 labelled images"),
+        ({"labels": []}, SettingsError, "expected one budget or more"),
+        ({"seeds": 0}, SettingsError, "--seeds 0"),
+        ({"settings": ["optim.lrr=1"]}, SettingsError, "no such setting"),
+        ({"settings": ["optim.lr=high"]}, SettingsError, "optim.lr"),
+        ({"pretrain_settings": ["soco:K=none"]}, SettingsError, "pretraining soco"),
+        ({"pretrain_settings": ["sooc:K=2"]}, SettingsError, "'sooc' is no method"),
+        ({"train": "nowhere.json"}, DataError, "nowhere.json"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, arguments: dict, changes, error, message):
+    with pytest.raises(error, match=message):
+        headstart.compare(**{**arguments, **changes}, out=tmp_path / "out", show=False)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_side_by_side_and_what_a_failed_run_said(tmp_path: Path, scenes: Path):
+    boxes = {"images": scenes / "unlabelled", "settings": {"engine": "random"}}
+    good = Task("boxes", "propose", boxes, tmp_path / "boxes.parquet")
+    bad = Task("bad", "finetune", {"start": "nowhere", "train": scenes / "train.json"}, tmp_path / "bad", ("boxes",))
+    after = []
+    with pytest.raises(
+        RunError, match=r"bad: failed \(exit code 1; all it said is in .*bad.txt\): nowhere: no such run"
+    ):
+        pool.run_all([good, bad], [None, None], tmp_path / "logs", False, lambda task: after.append(task.name))
+    assert after == ["boxes"]
+    assert pool.finished(good)
+    assert not pool.finished(bad)
+
+
+def test_a_killed_comparison_goes_on_and_answers(tmp_path: Path, arguments: dict):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "headstart", "compare", "--out", str(out)]
+    for key, value in arguments.items():
+        option = {"settings": "--set", "pretrain_settings": "--pretrain-set"}.get(key, f"--{key.replace('_', '-')}")
+        if option.endswith("set"):
+            command += [part for one in value for part in (option, str(one).replace("'", '"'))]
+        else:
+            command += [option, ",".join(value) if isinstance(value, list) else str(value)]
+    with open(tmp_path / "said.txt", "w") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+    deadline = time.monotonic() + 900
+    while process.poll() is None and time.monotonic() < deadline:
+        answered = json.loads((out / "compare.json").read_text()) if (out / "compare.json").exists() else {}
+        if len(answered.get("runs", [])) >= 3:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.05)
+    assert process.wait() == -signal.SIGKILL, (tmp_path / "said.txt").read_text()[-2000:]
+    before = json.loads((out / "compare.json").read_text())
+    assert before["status"] == "running"
+    assert len(before["runs"]) < 8
+    stamps = {run["path"]: (out / run["path"] / "eval.json").stat().st_mtime_ns for run in before["runs"]}
+    pretrained = (out / "runs/soco/detector.safetensors").stat().st_mtime_ns
+
+    done = headstart.compare(**arguments, out=out, show=False)
+
+    assert done.finished
+    assert {path: (out / path / "eval.json").stat().st_mtime_ns for path in stamps} == stamps
+    assert (out / "runs/soco/detector.safetensors").stat().st_mtime_ns == pretrained
+    answered = json.loads((out / "compare.json").read_text())
+    assert answered["status"] == "finished"
+    assert len(answered["runs"]) == 8
+    assert {start: {i: len(s) for i, s in b.items()} for start, b in done.scores.items()} == {
+        start: {2: 2, 8: 2} for start in ("scratch", "soco")
+    }
+    assert "only 2 seeds to compare" in done.sentences[0]
+    assert done.times["soco"]["pretraining"] > 0
+    chosen = {}
+    for run in answered["runs"]:
+        labelled = json.loads((out / run["path"] / "labels.json").read_text())["images"]
+        chosen.setdefault((run["images"], run["seed"]), []).append(labelled)
+        record = json.loads((out / run["path"] / "run.json").read_text())
+        assert record["summary"]["steps"] == 2
+        assert record["start"]["method"] == run["start"]
+    assert all(len(lists) == 2 and lists[0] == lists[1] for lists in chosen.values())
+    assert Image.open(out / "compare.png").size[0] > 600
+    assert "<svg" in (out / "compare.svg").read_text()
+    page = (out / "report.html").read_text()
+    for text in ("Does it pay?", "only 2 seeds to compare", "Labels saved", "The rule behind this"):
+        assert text in page
+
+    with pytest.raises(RunError, match="begun with other settings: fine-tuning, max_steps: was 2, now 3"):
+        headstart.compare(**{**arguments, "max_steps": 3}, out=out, show=False)
+    moved = out.rename(tmp_path / "moved")
+    assert "Does it pay?" in report([moved], tmp_path / "again.html", images=0).read_text()
