@@ -200,7 +200,7 @@ def test_a_killed_comparison_goes_on_and_answers(tmp_path: Path, arguments: dict
     assert {start: {i: len(s) for i, s in b.items()} for start, b in done.scores.items()} == {
         start: {2: 2, 8: 2} for start in ("scratch", "soco")
     }
-    assert "only 2 seeds to compare" in done.sentences[0]
+    assert "Only 2 seeds to compare" in done.sentences[0]
     assert done.times["soco"]["pretraining"] > 0
     chosen = {}
     for run in answered["runs"]:
