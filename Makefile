@@ -25,6 +25,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/memory.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/detr.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/eigen.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/evaluation.py --images 1000
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from headstart import coco_eval
-from headstart.datasets.detection import Category, DetectionData, load_detection_data
+from headstart.datasets.detection import DetectionData, load_detection_data
 from headstart.datasets.images import decode
 from headstart.proposals import ProposalSettings
 from headstart.proposals.finder import Finder
@@ -31,35 +31,21 @@ NO_FILTER = {"aspect_max": None, "size_min": 0.0, "size_max": 1.0}
 Found = tuple[np.ndarray, np.ndarray]  # boxes (k, 4) xyxy px, scores (k,)
 
 
-def nameless(data: DetectionData, known: set[str] | None, most: int) -> DetectionData:
-    """At most ``most`` of the images whose names are ``known``, evenly out of all; every object of one class."""
+def some_of(data: DetectionData, known: set[str] | None, most: int) -> DetectionData:
+    """At most ``most`` of the images whose names are ``known``, evenly out of all."""
     seen = [i for i, image in enumerate(data.images) if known is None or Path(image.file_name).name in known]
     chosen = sorted({seen[i] for i in np.linspace(0, len(seen) - 1, most).astype(int)}) if seen else []
-    for of_image in data.annotations:
-        of_image.labels[:] = 1
-    return DetectionData(
-        data.source,
-        [Category(1, "object")],
-        [data.images[i] for i in chosen],
-        [data.annotations[i] for i in chosen],
-    )
+    return data.subset([data.images[i].id for i in chosen])
 
 
 def row(data: DetectionData, found: list[Found]) -> str:
     """AP, AP50, AR@100 and boxes an image, as cells of a table."""
     results = []
     for index, (boxes, scores) in enumerate(found):
-        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
-            x1, y1, x2, y2 = box
-            results.append(
-                {
-                    "image_id": data.coco_image_id(index),
-                    "category_id": 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "score": score,
-                }
-            )
-    metrics = coco_eval.score(data.to_coco(), results, ["bbox"]).metrics["bbox"]
+        for (x0, y0, x1, y1), score in zip(boxes.tolist(), scores.tolist(), strict=True):
+            box = [x0, y0, x1 - x0, y1 - y0]
+            results.append({"image_id": data.coco_image_id(index), "bbox": box, "score": score})
+    metrics = coco_eval.score_proposals(data.to_coco(), results).metrics["bbox"]
     values = [metrics[name] or 0.0 for name in ("AP", "AP50", "AR100")]
     per_image = len(results) / max(1, len(found))
     return " | ".join([*(f"{100 * value:.1f}" for value in values), f"{per_image:.1f}"])
@@ -100,7 +86,7 @@ def main() -> int:
         print(f"{options.run}: no priors/*.parquet; expected a run whose method makes its own boxes")
         return 2
     known = set(of_file(files[0])) if files else None
-    data = nameless(load_detection_data(options.labels, options.photos), known, options.images)
+    data = some_of(load_detection_data(options.labels, options.photos), known, options.images)
     if not data.images:
         print(f"{options.labels}: none of its images was among the photos of {options.run}")
         return 2
