@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -163,6 +164,30 @@ def test_side_by_side_and_what_a_failed_run_said(tmp_path: Path, scenes: Path):
     assert after == ["boxes"]
     assert pool.finished(good)
     assert not pool.finished(bad)
+
+
+@pytest.mark.parametrize(("gain", "seeds", "verdict"), [(0.05, 4, "better"), (0.0, 6, "not shown")])
+def test_stopping_early(tmp_path: Path, arguments: dict, monkeypatch, gain, seeds, verdict):
+    """Two budgets: 3 seeds are 6 pairs, which can't show anything when there may be four looks; 4 seeds are 8."""
+
+    def trained(tasks, places, logs, show, after):
+        for task in (task for task in tasks if not pool.finished(task)):
+            task.out.mkdir(parents=True, exist_ok=True)
+            (task.out / "run.json").write_text('{"status": "finished", "summary": {"seconds": 1}}')
+            (task.out / "detector.safetensors").touch()
+            seed = task.arguments["seed"] if task.verb == "finetune" else 0
+            better = gain if "soco" in task.name else 0.0
+            noise = np.random.default_rng([seed, "soco" in task.name]).normal(0, 0.005)
+            metrics = {"bbox": {"AP": 0.2 + better + noise}}
+            (task.out / "eval.json").write_text(json.dumps({"metrics": metrics}))
+        return True
+
+    monkeypatch.setattr("headstart.verbs.compare.run_all", trained)
+    monkeypatch.setattr("headstart.verbs.compare.report", lambda *_: None)
+    done = headstart.compare(**{**arguments, "seeds": 6}, out=tmp_path / "out", stop_early=True, show=False)
+    assert done.answer.against_baseline()[0].verdict == verdict
+    assert {len(cells) for budgets in done.scores.values() for cells in budgets.values()} == {seeds}
+    assert json.loads((tmp_path / "out/compare.json").read_text())["answer"]["looks"] == 4
 
 
 def test_a_killed_comparison_goes_on_and_answers(tmp_path: Path, arguments: dict):
