@@ -190,7 +190,7 @@ def _reason(table: Mapping[int, np.ndarray], mean: float, luck: float | None, te
         seeds = math.ceil(needed / len(table))
         return f"{len(every)} pairs are too few to show anything here; it takes {needed}, so {seeds} seeds"
     same_way = int((every * np.sign(mean) > 0).sum())
-    odds = "more than every second time" if luck > 0.5 else f"1 time in {round(1 / luck):,}"
+    odds = "more often than not" if luck > 0.5 else f"1 time in {round(1 / luck):,}"
     return f"{same_way} of {len(every)} pairs point this way; luck alone would do as much {odds}"
 
 
