@@ -335,9 +335,7 @@ def test_novel_classes_apart(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="protocol coco: has no novel classes"):
         protocols.score("coco", files)
     (tmp_path / "d.json").write_text('{"metric": "voc07", "per_class": {"bbox": {"dog": {"AP50": 1}}}}')
-    with pytest.raises(
-        DataError, match=r"d\.json: has no class bird, bus, cow, motorbike, sofa; expected"
-    ):
+    with pytest.raises(DataError, match=r"d\.json: has no class bird, bus, cow, motorbike, sofa; expected"):
         protocols.score("voc_split1", [tmp_path / "d.json"])
     (tmp_path / "d.json").write_text('{"bbox": {}}')
     with pytest.raises(DataError, match=r'd\.json: has no "metric" or AP50 by class'):
