@@ -141,6 +141,11 @@ def test_recipes_go_to_their_methods(tmp_path: Path, arguments: dict):
         ({"pretrain_settings": ["soco:K=none"]}, SettingsError, "pretraining soco"),
         ({"pretrain_settings": ["sooc:K=2"]}, SettingsError, "'sooc' is no method"),
         ({"train": "nowhere.json"}, DataError, "nowhere.json"),
+        ({"val": "nowhere.json"}, DataError, "nowhere.json"),
+        ({"max_steps": 0}, SettingsError, "train.max_steps"),
+        ({"pretrain_max_steps": 0}, SettingsError, "pretraining soco.*\n?.*train.max_steps"),
+        ({"jobs": 0}, SettingsError, "--jobs 0"),
+        ({"starts": ["scratch", "aligndet", "aligndet@soco"]}, SettingsError, "aligndet means aligndet@soco here"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, arguments: dict, changes, error, message):

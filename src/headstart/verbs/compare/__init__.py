@@ -18,7 +18,7 @@ from headstart.verbs.compare.plan import Plan, Task, make_plan
 from headstart.verbs.compare.pool import LOGS, finished, run_all, slots
 from headstart.verbs.compare.statistics import LEVEL, MIN_SEEDS, RULE, Answer, Scores, answer, pairs_needed
 from headstart.verbs.report import report
-from headstart.verbs.report.comparison import FILE, draw
+from headstart.verbs.report.comparison import FILE, draw, read
 
 REPORT = "report.html"
 
@@ -102,6 +102,7 @@ def compare(
         RunError: ``out`` is a comparison with other settings, or a run failed.
     """
     out = Path(out)
+    places = slots(device, jobs)
     plan = make_plan(
         out,
         train=train,
@@ -132,7 +133,7 @@ def compare(
         def keep(task: Task, rounds: int = rounds) -> None:
             _conclude(out, plan, rounds, looks, "running")
 
-        complete = run_all(plan.tasks(rounds), slots(device, jobs), out / LOGS, show, keep)
+        complete = run_all(plan.tasks(rounds), places, out / LOGS, show, keep)
         said = _conclude(out, plan, rounds, looks, "finished" if complete else "stopped")
         if not complete or (said.answer.clear and said.answer.contrasts):
             break
@@ -158,7 +159,7 @@ def _check_same(out: Path, plan: Plan) -> None:
         if out.is_file() or (out.is_dir() and any(out.iterdir())):
             raise RunError(f"{out}: is not empty and no comparison; choose another --out")
         return
-    before = read_json(out / FILE, "an answer of headstart compare")["fixed"]
+    before = read(out)["fixed"]
     different = [
         f"{name}, {key}: was {old!r}, now {new!r}"
         for name in before.keys() & plan.fixed.keys()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from headstart import detectors, methods, recipes
-from headstart.datasets.detection import load_detection_data
+from headstart.datasets.detection import DetectionData, load_detection_data
 from headstart.datasets.splits import parse_budget
 from headstart.detectors.detector import DetectorSettings
 from headstart.errors import SettingsError
 from headstart.settings import flatten, full_key, merge, parse_assignments, validate
 from headstart.verbs.compare.starts import FIRST, Start, parse_start, parse_starts
+from headstart.verbs.evaluate import in_order_of
 from headstart.verbs.finetune import config_type as finetune_type
 from headstart.verbs.pretrain import config_type as pretrain_type
 from headstart.verbs.start import SCRATCH, detector_of, for_family
@@ -97,11 +98,13 @@ def make_plan(
     chosen = parse_starts(starts)
     if not 1 <= seeds <= MAX_SEEDS:
         raise SettingsError(f"--seeds {seeds}: expected 1 to {MAX_SEEDS}")
-    built, given = _detector(chosen, detector, backbone, recipe, settings)
+    built, given = _detector(chosen, detector, backbone, recipe, schedule, settings)
+    data = load_detection_data(train, _path(train_images))
+    in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])  # or it raises
     plan = Plan(
         baseline=SCRATCH if any(s.source == SCRATCH for s in chosen) else chosen[0].name,
         starts=[start.name for start in chosen],
-        budgets=_budgets(train, train_images, labels),
+        budgets=_budgets(data, labels),
         preparing={},
         chains={},
         cells=[],
@@ -116,6 +119,10 @@ def make_plan(
         origins[start.name] = making.origin(start)
         if start.method is not None and origins[start.name][1] != start.name:  # a method that was put on FIRST
             plan.starts[i] = origins[start.name][1]
+            if plan.starts.count(plan.starts[i]) > 1:
+                raise SettingsError(
+                    f"--starts: {start.name} means {plan.starts[i]} here, and both are named; expected one"
+                )
     for number in range(seeds):
         row = []
         for budget, images in plan.budgets.items():
@@ -148,6 +155,7 @@ def _detector(
     detector: str | None,
     backbone: str | None,
     recipe: Path | str | None,
+    schedule: Mapping[str, Any],
     settings: Mapping[str, Any] | Sequence[str],
 ) -> tuple[DetectorSettings, dict[str, Any]]:
     """One detector for all runs, and the given fine-tuning settings, dotted.
@@ -164,7 +172,8 @@ def _detector(
         given = parse_assignments(kind, list(settings))
     values = merge({"optim": {"schedule": "steps"}}, {f"detector.{k}": v for k, v in for_family(name, base).items()})
     values = merge(values, flatten(section, model=kind))
-    values = merge(values, {"detector.name": name, **({"detector.backbone": backbone} if backbone else {}), **given})
+    asked = {"detector.name": name, **({"detector.backbone": backbone} if backbone else {}), **_train(schedule)}
+    values = merge(values, {**asked, **given})
     config: Any = validate(kind, values, "compare")
     return config.detector, {key: value for key, value in given.items() if not key.startswith("detector.")}
 
@@ -173,14 +182,22 @@ def _root(start: Start) -> Start:
     return start if start.on is None else _root(start.on)
 
 
-def _budgets(train: Path | str, images: Path | str | None, labels: Sequence[str | int]) -> dict[str, int]:
-    available = len(load_detection_data(train, None if images is None else Path(images)).images)
+def _train(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that the verbs have arguments of their own for; what is unset is left out."""
+    return {f"train.{key}": value for key, value in schedule.items() if value is not None}
+
+
+def _path(value: Path | str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def _budgets(data: DetectionData, labels: Sequence[str | int]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for text in (str(label).strip() for label in labels):
         budget = parse_budget(text)
         if budget.file is not None:
             raise SettingsError(f"--labels {text}: a file names one choice of images; every seed needs another")
-        counts[text] = budget.images(available)
+        counts[text] = budget.images(len(data))
     if not counts:
         raise SettingsError("--labels: expected one budget or more, for example 1%,5%,10%,100%")
     if len(set(counts.values())) < len(counts):
@@ -231,7 +248,9 @@ class _Preparing:
         values = merge({"proposals": dict(methods.method_type(method).proposals)}, {})
         named = section.get("method", {})
         named.pop("name", None)
-        values = merge(merge(values, flatten(section, model=kind)), {"detector.name": family, **given})
+        values = merge(
+            merge(values, flatten(section, model=kind)), {"detector.name": family, **_train(self.schedule), **given}
+        )
         config: Any = validate(kind, values, f"compare, pretraining {method}")
         made = methods.method_type(method)(config.method)
         on = start.on

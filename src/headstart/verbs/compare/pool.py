@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from headstart.console import notes
-from headstart.errors import HeadstartError, RunError
+from headstart.errors import HeadstartError, RunError, SettingsError
 from headstart.files import read_json
 from headstart.proposals import ProposalSettings
 from headstart.runs import DETECTOR_FILE, RECORD, usable_cores
@@ -31,7 +31,13 @@ LOGS = "logs"
 
 
 def slots(device: str | None, jobs: int | None) -> list[str | None]:
-    """A device for each run at a time: all CUDA devices in turn, or the CPU ``jobs`` times."""
+    """A device for each run at a time: all CUDA devices in turn, or the CPU ``jobs`` times.
+
+    Raises:
+        SettingsError: ``jobs`` is less than 1.
+    """
+    if jobs is not None and jobs < 1:
+        raise SettingsError(f"--jobs {jobs}: expected 1 or more")
     if device in (None, "auto", "cuda") and torch.cuda.is_available():
         devices = torch.cuda.device_count()
         return [f"cuda:{i % devices}" for i in range(jobs or devices)]
