@@ -243,7 +243,13 @@ def test_a_killed_comparison_goes_on_and_answers(tmp_path: Path, arguments: dict
     assert Image.open(out / "compare.png").size[0] > 600
     assert "<svg" in (out / "compare.svg").read_text()
     page = (out / "report.html").read_text()
-    for text in ("Does it pay?", "only 2 seeds to compare", "Labels saved", "The rule behind this"):
+    for text in (
+        "Does it pay?",
+        "only 2 seeds to compare",
+        "Labels saved",
+        "The rule behind this",
+        "of one number of labels alone",
+    ):
         assert text in page
 
     with pytest.raises(RunError, match="begun with other settings: fine-tuning, max_steps: was 2, now 3"):

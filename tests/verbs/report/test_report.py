@@ -95,7 +95,7 @@ def test_evaluations_without_error_types_say_how_to_make_them(tmp_path: Path) ->
     (run / "eval.json").write_text(json.dumps(scores))
     page = Page(report(run, tmp_path / "r.html", images=0))
     assert "1 evaluation of an older version" in page.words()
-    assert f"headstart evaluate {run} {truth} --out {run / 'eval.json'}" in page.words()
+    assert f"headstart evaluate {run} {truth} --metric coco --out {run / 'eval.json'}" in page.words()
     assert "What AP is lost to" not in page.words()
 
 

@@ -321,7 +321,18 @@ def missing(runs: Sequence[Run], found: Sequence[Results]) -> list[Note]:
     older = [(run, e) for run in tuned for e in run.evaluations if not e.errors and e.suite != "proposals"]
     if older:
         again = [
-            shlex.join(["headstart", "evaluate", str(run.path), e.data or "val.json", "--out", str(e.file)])
+            shlex.join(
+                [
+                    "headstart",
+                    "evaluate",
+                    str(run.path),
+                    e.data or "val.json",
+                    "--metric",
+                    e.suite,
+                    "--out",
+                    str(e.file),
+                ]
+            )
             for run, e in older
         ]
         text = f"{words.plural(len(older), 'evaluation')} of an older version, without what AP is lost to:"
