@@ -110,6 +110,7 @@ def test_coco_files(root: Path, tmp_path: Path, coco: DetectionData) -> None:
         ),
         (lambda c: c["images"][0].update(id=4), r"part\.json: 1 of its 3 images are not in .*train2017\.json: 4"),
         (lambda c: c.update(images=3), r'part\.json: "images" or "annotations" is not a list'),
+        (lambda c: c.update(images=[9, 15]), r'part\.json: "images" or "annotations" is not a list of objects'),
     ],
 )
 def test_coco_files_of_other_data(

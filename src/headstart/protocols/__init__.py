@@ -13,6 +13,7 @@ of them needs; :func:`split` writes its exact images, and boxes, to two files th
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +58,12 @@ class Splits:
 
     def commands(self) -> list[str]:
         """How to fine-tune on them, a line a paper's schedule; and how to score, a line a suite of metrics."""
+        train, val = (shlex.quote(str(path)) for path in (self.train, self.val))
         tune = [
-            f"headstart finetune START --recipe {recipe} --train {self.train} --val {self.val}"
+            f"headstart finetune START --recipe {recipe} --train {train} --val {val}"
             for recipe in self.protocol.recipes
         ]
-        return tune + [f"headstart evaluate RUN {self.val} --metric {suite}" for suite in self.protocol.metrics]
+        return tune + [f"headstart evaluate RUN {val} --metric {suite}" for suite in self.protocol.metrics]
 
 
 @dataclass(frozen=True)

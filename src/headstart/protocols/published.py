@@ -100,9 +100,11 @@ def _identified(path: Path, entries: Iterable[Any], data: DetectionData) -> list
 
 
 def _of_coco(path: Path, content: Mapping[str, Any], data: DetectionData) -> Split:
-    entries, annotations = content.get("images"), content["annotations"]
-    if not isinstance(entries, list) or not isinstance(annotations, list):
-        raise DataError(f'{path}: "images" or "annotations" is not a list; expected {_EXPECTED}')
+    entries: Any = content.get("images")
+    annotations: Any = content["annotations"]
+    for one in (entries, annotations):
+        if not isinstance(one, list) or not all(isinstance(entry, dict) for entry in one):
+            raise DataError(f'{path}: "images" or "annotations" is not a list of objects; expected {_EXPECTED}')
     ids = _identified(path, [entry.get("id") for entry in entries], data)
     file_names = {image.id: image.file_name for image in data.images}
     for image_id, entry in zip(ids, entries, strict=True):
