@@ -681,8 +681,9 @@ def recipes(
         papers.setdefault(recipe.paper, []).append(recipe)
     for paper, rows in papers.items():
         table = Table(title=paper, title_justify="left", box=None, pad_edge=False)
-        for column in ("recipe", "what", "the paper's result"):
-            table.add_column(column, overflow="fold", ratio=None if column == "recipe" else 1)
+        table.add_column("recipe", no_wrap=True)  # names are for copying
+        for column in ("what", "the paper's result"):
+            table.add_column(column, overflow="fold", ratio=1)
         for recipe in rows:
             table.add_row(f"[cyan]{recipe.name}[/cyan]", escape(recipe.what), escape(recipe.result))
         results.print(table)

@@ -342,7 +342,7 @@ def test_it_learns_and_every_parameter_has_a_gradient(tiny, scenes):
     detector = detectors.build(CascadeRCNNSettings(num_classes=classes, **tiny)).train()
     optimiser = torch.optim.AdamW(detector.parameters(), lr=2e-3)
     totals = []
-    for _ in range(10):
+    for _ in range(14):
         losses = detector.loss(images, targets)
         total = torch.stack(list(losses.values())).sum()
         optimiser.zero_grad()

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from headstart import methods
 from headstart.methods.method import Method, Priors
 from headstart.optim import OptimSettings
 from headstart.settings import Settings
@@ -67,6 +66,3 @@ class Refreshing(Method):
                 boxes, scores = boxes[:0], scores[:0]
             found.append(Priors(boxes, scores))
         return found
-
-
-methods.METHODS["refreshing"] = f"{__name__}:Refreshing"

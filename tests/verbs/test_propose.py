@@ -774,7 +774,7 @@ def alive(pid):
     return status.exists() and status.read_text().split(")")[1].split()[0] != "Z"
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
