@@ -5,6 +5,7 @@ Heavy libraries are imported inside the commands, so that ``headstart --help`` a
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ def settings_table(model: Any, title: str) -> Table:
             table.add_section()
             group = section
         default = field.get_default(call_default_factory=True)
-        table.add_row(f"[cyan]{key}[/cyan]", "unset" if default is None else str(default), field.description or "")
+        meaning = escape(field.description or "")  # which may have lists in it
+        table.add_row(f"[cyan]{key}[/cyan]", "unset" if default is None else escape(str(default)), meaning)
     return table
 
 
@@ -297,6 +299,10 @@ class _Methods(TyperGroup):
             from headstart.recipes import method_of
 
             args = [method_of(recipe), *args]
+        if args and not args[0].startswith("-") and args[0] not in METHODS:
+            near = difflib.get_close_matches(args[0], METHODS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "name one before the photos, or --recipe."
+            ctx.fail(f"'{args[0]}' is no method; {hint} There are {', '.join(METHODS)}")
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:

@@ -14,6 +14,8 @@ from typing import Any
 from headstart.errors import DataError, RunError
 
 TEMPORARY_PREFIX = ".tmp-"
+_UMASK = os.umask(0o077)  # it can't be asked for without being set
+os.umask(_UMASK)
 
 
 def temporary_name(path: Path) -> Path:
@@ -35,7 +37,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        _flush_to_disk(temporary)
+        _finish(temporary)
         if temporary.is_dir() and path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
@@ -51,12 +53,14 @@ def replacing(path: Path | str) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _flush_to_disk(path: Path) -> None:
-    """A rename can reach the disk before the data does; a power cut would then leave an empty file."""
+def _finish(path: Path) -> None:
+    """To the disk, since a rename can get there before the data does, and a power cut would leave an empty file; and
+    readable as new files are here: safetensors makes its own readable for nobody else."""
     files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     for file in files:
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
+        file.chmod(0o666 & ~_UMASK)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -79,12 +80,9 @@ def finetuned(scenes, pretrained):
 
 
 def plain(code_file: Path):
-    """The detector that the run's own ``load_in_torchvision.py`` builds, run where the weights are."""
-    scope: dict = {}
-    text = code_file.read_text()
-    assert "headstart" not in text
-    exec(text.replace('load_file("', f'load_file("{code_file.parent}/'), scope)
-    return scope["detector"]
+    """The detector that the run's own ``load_in_torchvision.py`` builds and loads, from wherever it is called."""
+    assert "headstart" not in code_file.read_text()
+    return runpy.run_path(str(code_file))["detector"]
 
 
 def test_pretraining_changes_backbone_neck_and_head_and_nothing_else(pretrained, tiny):
@@ -421,6 +419,19 @@ def test_unknown_method_detector_and_recipe():
 
 
 # ---- the shell -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("word", "hint"), [("sooc", "did you mean soco"), ("photos", "name one before the photos")])
+def test_what_is_no_method_is_answered_with_those_there_are(word, hint):
+    done = CliRunner().invoke(cli.app, ["pretrain", word, "--out", "x"])
+    assert done.exit_code == 2
+    said = " ".join(done.output.replace("│", " ").split())
+    assert f"'{word}' is no method; {hint}" in said
+    assert "joindet" in said
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_run(pretrained):
+    assert pretrained.weights.stat().st_mode == (pretrained.path / "run.json").stat().st_mode
 
 
 def shell(*arguments: str | Path) -> subprocess.CompletedProcess:

@@ -475,7 +475,9 @@ def _path(value: Path | str | None) -> Path | None:
 
 _LOADING = """\
 # Classes 1.. in order: {classes}
+from pathlib import Path
+
 from safetensors.torch import load_file
 
-detector.load_state_dict(load_file("{file}"))
+detector.load_state_dict(load_file(Path(__file__).with_name("{file}")))
 """

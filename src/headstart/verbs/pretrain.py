@@ -537,7 +537,10 @@ def _finish(run: Run, detector: Detector, method: Method, config: Any, summary: 
 
 _LOADING = """\
 # Here are: {parts}. Everything else keeps its random start, so it shows as missing here.
+from pathlib import Path
+
 from safetensors.torch import load_file
 
-print(detector.load_state_dict(load_file("{file}"), strict=False))
+weights = Path(__file__).with_name("{file}")
+print(detector.load_state_dict(load_file(weights), strict=False))
 """
