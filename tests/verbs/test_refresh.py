@@ -149,7 +149,7 @@ def test_workers_and_two_processes_make_the_same(whole, photos, tmp_path):
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "import torch, headstart\n"
+        "import torch, headstart.methods\n"
         "headstart.methods.METHODS['refreshing'] = 'refreshing:Refreshing'\n"
         "torch.set_num_threads(1)\n"
         "if __name__ == '__main__':\n"
