@@ -27,6 +27,7 @@ from faster_coco_eval.core import mask as coco_mask
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from headstart.datasets.lvis import FREQUENCIES, LVIS_DETECTIONS
 from headstart.errors import DataError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
@@ -41,8 +42,6 @@ SUITES = {
     "voc07": "Pascal VOC's AP at 11 points, as in 2007",
     "proposals": "COCO metrics whatever the class",
 }
-FREQUENCIES = ("r", "c", "f")
-LVIS_DETECTIONS = 300  # an image
 PAIRS = 2_000_000  # of image and class that are evaluated at a time: the evaluator keeps a few hundred bytes for each
 
 Value = float | None

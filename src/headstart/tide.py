@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from headstart.datasets.lvis import LVIS_DETECTIONS
 from headstart.eval_arrays import Objects
 
 MAIN = ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss")
@@ -34,7 +35,7 @@ MEANING = {
     "FalseNeg": "all objects not found together",
 }
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU from which an object counts as found, up to which a detection hit nothing
-DETECTIONS, FEDERATED_DETECTIONS = 100, 300  # an image
+DETECTIONS = 100  # an image; of federated data, LVIS's number
 RECALLS = np.arange(101) / 100
 CLS, LOC, BOTH, DUPE, BKG = range(5)  # places in MAIN
 CORRECT = -1
@@ -122,7 +123,7 @@ class _Judged:
 
 def _judge_all(ground_truth: dict[str, Any], truth: Objects, found: Objects) -> _Judged:
     federated = any("neg_category_ids" in image for image in ground_truth["images"])
-    most = FEDERATED_DETECTIONS if federated else DETECTIONS
+    most = LVIS_DETECTIONS if federated else DETECTIONS
     parts: list[tuple[np.ndarray, ...]] = []
     missed, unused = [], []
     ids = np.array(sorted(category["id"] for category in ground_truth["categories"]), np.int64)

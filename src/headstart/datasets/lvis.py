@@ -19,6 +19,7 @@ import numpy as np
 from headstart.errors import DataError
 
 FREQUENCIES = ("r", "c", "f")
+LVIS_DETECTIONS = 300  # of an image, that count
 _LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 

@@ -29,6 +29,7 @@ Where this file differs from the paper, or fills a gap:
 * The papers' learning rates (.1, .2) are not what the released configurations say (.01 for RetinaNet and FCOS, .02 for
   R-CNN at a batch of 16); these are the defaults.
 * The photometric operations are not listed in the supplement: colour jitter, grey and blur, MoCo v2's.
+* The teacher keeps its dropout, where the detector has any: nothing says otherwise.
 * K-means (scikit-learn's, plain) sees a sample of the proposals, 200 a cluster; crops of 128 px, as DETReg's.
 """
 
