@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import headstart
 from headstart import recipes
 from headstart.cli import app
+from headstart.console import results
 from headstart.errors import SettingsError
 from headstart.methods import METHODS
 from headstart.optim import OptimSettings, learning_rate, settle_optim
@@ -418,12 +419,19 @@ def test_a_recipe_for_readers_has_its_comments(tmp_path):
 
 
 def run(*arguments) -> str:
-    done = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "300"}, catch_exceptions=False)
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.output
 
 
-def test_recipes_are_listed_by_paper(capsys):
+@pytest.fixture
+def wide(monkeypatch):
+    """No cell is folded, whatever terminal the tests were started from."""
+    monkeypatch.setattr(results, "_width", 300)
+    monkeypatch.setattr(results, "_height", 100)
+
+
+def test_recipes_are_listed_by_paper(wide):
     listed = run("recipes")
     papers = [line.strip() for line in listed.splitlines() if re.fullmatch(r"(SoCo|ADePT|AlignDet|Headstart)\s*", line)]
     assert papers == ["ADePT", "AlignDet", "Headstart", "SoCo"]
