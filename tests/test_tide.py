@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from headstart.tide import MAIN, MEANING, SPECIAL, analyse
+from headstart.tide import MAIN, MEANING, SPECIAL, analyse, verdicts
 
 CLASSES = (5, 2, 9, 4)  # the last has no object
 SIDE = 120
@@ -197,7 +197,16 @@ def plain_tide(truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[
     gains["FalseNeg"] = mean_over_classes([point(d) for d in wrong + right], less(unused)) - ap
     counts = {kind: sum(d["kind"] == kind for d in everything) for kind in MAIN[:5]}
     counts |= {"Miss": len(missed), "FalsePos": len(wrong), "FalseNeg": len(unused)}
-    return {"AP": ap, "dAP": gains, "counts": counts}
+    one_by_one = {
+        "detections": [d.get("kind") for d in detections],
+        "ignored": [d.get("ignored", False) for d in detections],
+        "objects": ["crowd" if t["iscrowd"] else plain_state(t) for t in truth["annotations"]],
+    }
+    return {"AP": ap, "dAP": gains, "counts": counts, "one by one": one_by_one}
+
+
+def plain_state(target: dict[str, Any]) -> str:
+    return "found" if target["found"] else "Miss" if target["wanted_by"] is None else "wrong"
 
 
 # -- tidecv itself --------------------------------------------------------------------------------------------------
@@ -255,6 +264,63 @@ def test_agrees_with_a_plain_tide(seed: int, case: dict[str, Any]) -> None:
     assert_same(errors.to_json(), plain_tide(truth, detections))
     assert min(errors.counts.values()) > 0  # a case in which every type occurs
     assert (truth, detections) == before
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdicts_are_those_of_a_plain_tide_one_by_one(case: dict[str, Any]) -> None:
+    """Detections are not in the order of their images or scores, and neither are annotations; some are past the 100."""
+    truth, detections = random_case(7, images=12, **case)
+    rng = np.random.default_rng(1)
+    here = truth["images"][0]["id"]
+    for score in rng.uniform(0, 1, 0 if case.get("tied") else 320):
+        box = [float(v) for v in rng.integers(1, 60, 4)]
+        detections.append({"image_id": here, "category_id": 5, "bbox": box, "score": float(score)})
+    truth["annotations"] = [truth["annotations"][k] for k in rng.permutation(len(truth["annotations"]))]
+    detections = [detections[k] for k in rng.permutation(len(detections))]
+    if case.get("tied"):
+        detections.sort(key=lambda d: -d["score"])  # which of equals comes first is the order they are given in
+    told = verdicts(truth, detections)
+    assert vars(told) == plain_tide(truth, detections)["one by one"]
+    assert {"found", "wrong", "Miss"} <= set(told.objects)
+    assert (None in told.detections) == (not case.get("tied"))
+
+    counts = analyse(truth, detections).counts
+    assert {name: told.detections.count(name) for name in MAIN[:5]} == {name: counts[name] for name in MAIN[:5]}
+    assert told.objects.count("Miss") == counts["Miss"]
+    assert told.objects.count("Miss") + told.objects.count("wrong") == counts["FalseNeg"]
+    false = [k for k, of in zip(told.detections, told.ignored, strict=True) if k not in (None, "correct") and not of]
+    assert len(false) == counts["FalsePos"]
+
+
+def test_verdicts_of_a_case_made_by_hand() -> None:
+    box = {"a": [0, 0, 20, 20], "b": [50, 0, 20, 20], "c": [0, 50, 20, 20], "d": [50, 50, 20, 20], "e": [90, 90, 9, 9]}
+    truth = {
+        "images": [{"id": 4, "width": SIDE, "height": SIDE}, {"id": 3, "width": SIDE, "height": SIDE}],
+        "annotations": [
+            {"image_id": 3, "category_id": 1, "bbox": box["a"], "iscrowd": 0},
+            {"image_id": 4, "category_id": 1, "bbox": box["b"], "iscrowd": 0},
+            {"image_id": 4, "category_id": 1, "bbox": box["a"], "iscrowd": 0},
+            {"image_id": 4, "category_id": 2, "bbox": box["c"], "iscrowd": 0},
+            {"image_id": 4, "category_id": 2, "bbox": box["d"], "iscrowd": 0},
+            {"image_id": 4, "category_id": 1, "bbox": box["e"], "iscrowd": 1},
+        ],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+    }
+    made = [
+        (1, box["a"], 0.9, "Dupe"),
+        (1, [0, 0, 20, 19], 0.95, "correct"),  # of the two that fit, the surer one
+        (1, [60, 0, 20, 20], 0.8, "Loc"),
+        (1, box["c"], 0.7, "Cls"),
+        (1, [50, 60, 20, 20], 0.6, "Both"),
+        (2, [90, 0, 20, 20], 0.5, "Bkg"),
+        (1, [91, 91, 7, 7], 0.4, "Bkg"),  # in the crowd
+    ]
+    detections = [{"image_id": 4, "category_id": c, "bbox": b, "score": s} for c, b, s, _ in made]
+    told = verdicts(truth, detections)
+    assert told.detections == [kind for *_, kind in made]
+    assert told.ignored == [False] * 6 + [True]
+    assert told.objects == ["Miss", "wrong", "found", "wrong", "Miss", "crowd"]
+    assert vars(verdicts(truth, [])) == {"detections": [], "ignored": [], "objects": ["Miss"] * 5 + ["crowd"]}
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """What the AP is lost to: error types of detections, and the AP that would be gained without each.
 
 TIDE: A General Toolbox for Identifying Object Detection Errors (Bolya et al., 2020), https://arxiv.org/abs/2008.08115.
-Section 2.2 (types) -> ``_judge``; 2.3 and 2.4 (fixing them, and the special errors) -> ``analyse``. Where the paper
+Section 2.2 (types) -> ``_judge``; 2.3 and 2.4 (fixing them, and the special errors) -> ``analyse``;
+``verdicts`` names each. Where the paper
 leaves something open, its code (``tidecv`` 1.0.1) decides, with which the tests compare:
 
 - A crowd, and in federated data a class that was not looked for, saves a false detection from counting, but fixing it
@@ -95,6 +96,41 @@ def analyse(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]], 
     return Errors(ap, gains, counts)
 
 
+@dataclass(frozen=True)
+class Verdicts:
+    """What each detection and each object is, in the order they were given in.
+
+    Attributes:
+        detections: "correct" or a name of ``MAIN``; None past those of an image that count.
+        ignored: false detections that a crowd, or a class that was not looked for, saves from counting.
+        objects: "found"; "wrong": not found, and a detection is a wrong one for its sake; "Miss"; "crowd".
+    """
+
+    detections: list[str | None]
+    ignored: list[bool]
+    objects: list[str]
+
+
+def verdicts(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]], iou_type: str = "bbox") -> Verdicts:
+    """The judgement that :func:`analyse` counts, one by one; the same arguments."""
+    place = {image["id"]: i for i, image in enumerate(ground_truth["images"])}
+    by_image = lambda entries: sorted(range(len(entries)), key=lambda k: place[entries[k]["image_id"]])
+    annotations = ground_truth["annotations"]
+    objects_order, found_order = by_image(annotations), by_image(detections)
+    truth = Objects.read(ground_truth, [annotations[k] for k in objects_order], iou_type)
+    found = Objects.read(ground_truth, [detections[k] for k in found_order], iou_type)
+    judged = _judge_all(ground_truth, truth, found)
+
+    told = Verdicts([None] * len(detections), [False] * len(detections), ["found"] * len(annotations))
+    for number, kind, ignored in zip(judged.numbers, judged.kind, judged.ignored, strict=True):
+        told.detections[found_order[number]] = "correct" if kind == CORRECT else MAIN[kind]
+        told.ignored[found_order[number]] = bool(ignored)
+    for numbers, name in ((judged.unused, "wrong"), (judged.missed, "Miss"), (np.flatnonzero(truth.crowd), "crowd")):
+        for number in numbers:
+            told.objects[objects_order[number]] = name
+    return told
+
+
 def _gain(value: float | None, ap: float | None, main: bool) -> float | None:
     if ap is None:
         return None
@@ -111,6 +147,7 @@ class _Judged:
     ``fixed_labels``, if it is ``fixable``; else it goes.
     """
 
+    numbers: np.ndarray  # of detections
     labels: np.ndarray
     scores: np.ndarray
     kind: np.ndarray
@@ -149,11 +186,13 @@ def _judge_all(ground_truth: dict[str, Any], truth: Objects, found: Objects) -> 
         usable[of[fixable]] = True
         unused.append(objects[~used])
         missed.append(objects[~used & ~usable])
-        parts.append((found.labels[mine], found.scores[mine], kind, excused & (kind != CORRECT), fixable, wanted))
+        ignored = excused & (kind != CORRECT)
+        parts.append((mine, found.labels[mine], found.scores[mine], kind, ignored, fixable, wanted))
     whole, flags = np.zeros(0, np.int64), np.zeros(0, bool)
-    columns = zip((whole, np.zeros(0), whole, flags, flags, whole), *parts, strict=True)
-    labels, scores, kinds, ignored, fixable, fixed = (np.concatenate(column) for column in columns)
+    columns = zip((whole, whole, np.zeros(0), whole, flags, flags, whole), *parts, strict=True)
+    numbers, labels, scores, kinds, ignored, fixable, fixed = (np.concatenate(column) for column in columns)
     return _Judged(
+        numbers=numbers,
         labels=labels,
         scores=scores,
         kind=kinds,
