@@ -145,7 +145,7 @@ def test_methods_are_compared_once_and_with_equal_schedules_only() -> None:
     assert pairs == [("adept", "soco")]
 
 
-def test_words_for_several_budgets_and_for_labels_saved() -> None:
+def test_words_for_several_budgets() -> None:
     groups = [
         three(0.20, 0.21, 0.22),
         three(0.30, 0.31, 0.33, method="soco"),
@@ -158,9 +158,7 @@ def test_words_for_several_budgets_and_for_labels_saved() -> None:
         "SoCo against scratch, both with 300 steps of fine-tuning, in points of AP: "
         "+10.3 with 10 labelled images (shown) and +1.0 with 25 labelled images (not shown)."
     )
-    assert sentences[1] == (
-        "By the means alone, SoCo with 10 labelled images (31.3 AP) does at least as well as scratch with 25 (29.0)."
-    )
+    assert len(sentences) == 1  # no labels saved by means alone: where the noise is larger they are nothing
 
 
 def test_what_cannot_be_said_is_said() -> None:

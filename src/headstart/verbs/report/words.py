@@ -56,7 +56,7 @@ def findings(groups: Sequence[Group], found: Sequence[Comparison], names: Mappin
         sentences.append(
             "No run from scratch was fine-tuned for as many steps, so these comparisons are of schedules too."
         )
-    return sentences + labels_saved(groups, names)
+    return sentences
 
 
 def _one_budget(comparison: Comparison, names: Mapping[Start, str]) -> str:
@@ -109,30 +109,6 @@ def _other(comparison: Comparison, names: Mapping[Start, str]) -> str:
 
 def _with_other(comparison: Comparison, names: Mapping[Start, str]) -> str:
     return f"{'from' if comparison.other.key.start.method == 'scratch' else 'with'} {_other(comparison, names)}"
-
-
-def labels_saved(groups: Sequence[Group], names: Mapping[Start, str]) -> list[str]:
-    """The strongest "as good with fewer labels" for each way of starting, by means alone, which it says."""
-    sentences = []
-    for start in dict.fromkeys(g.key.start for g in groups if g.key.start.method != "scratch"):
-        savings = []
-        for ours in (g for g in groups if g.key.start == start):
-            for other in groups:
-                if other.key.start.method != "scratch" or not same_length(ours, other):
-                    continue
-                a, b = spread(ours.values("AP")), spread(other.values("AP"))
-                few, many = ours.labelled_images, other.labelled_images
-                same_detector = ours.key.start.detector == other.key.start.detector
-                if a and b and few and many and same_detector and few < many and a.mean >= b.mean:
-                    savings.append((many / few, few, many, a.mean, b.mean, names[other.key.start]))
-        if savings:
-            _, few, many, mine, theirs, other_name = max(savings)
-            sentences.append(
-                f"By the means alone, {names[start]} with {few} labelled images ({percent(mine)} AP) does "
-                "at least "
-                f"as well as {other_name} with {many} ({percent(theirs)})."
-            )
-    return sentences
 
 
 # Settings that say where something is or how fast it runs, not what is learned.
