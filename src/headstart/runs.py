@@ -21,6 +21,7 @@ from headstart.settings import flatten
 
 RECORD = "run.json"
 DETECTOR_FILE = "detector.safetensors"
+LINEAR = "linear"  # the kind of a run that trains a classifier on a backbone, and no detector
 # Settings that change how a run goes, not what it computes; they may differ when a run is resumed.
 FREE_ON_RESUME = {
     "train.workers",
@@ -102,6 +103,22 @@ def read_record(path: Path | str) -> dict[str, Any]:
     record = read_json(path / RECORD, "the record of a run")
     if not isinstance(record, dict) or "kind" not in record or "config" not in record:
         raise RunError(f"{path / RECORD}: not the record of a run (no 'kind' and 'config' in it)")
+    return record
+
+
+def read_detector_record(path: Path | str) -> dict[str, Any]:
+    """:func:`read_record` of a run whose result is a detector.
+
+    Raises:
+        RunError: ``path`` is not a run folder, or its run made none.
+    """
+    record = read_record(path)
+    if record["kind"] == LINEAR:
+        begun = record.get("start", {}).get("from", "its start")
+        raise RunError(
+            f"{path}: is a linear evaluation, whose classifier of whole images is no detector; expected a pretrained "
+            f"or fine-tuned run, such as what it began with: {begun}"
+        )
     return record
 
 

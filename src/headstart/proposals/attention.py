@@ -28,7 +28,7 @@ from headstart.detectors.checkpoints import to_backbone
 from headstart.detectors.weights import load_state, read_state
 from headstart.errors import RunError, SettingsError, WeightsError
 from headstart.proposals import ProposalSettings, ncut
-from headstart.runs import DETECTOR_FILE, read_record
+from headstart.runs import DETECTOR_FILE, read_detector_record
 
 RANDOM, IMAGENET = "random", "imagenet"
 BACKBONE = "resnet50"
@@ -134,7 +134,7 @@ def _backbone_of(weights: str) -> str:
     path = Path(weights)
     if not path.is_dir():
         return BACKBONE
-    return str(read_record(path)["config"]["detector"].get("backbone", BACKBONE))
+    return str(read_detector_record(path)["config"]["detector"].get("backbone", BACKBONE))
 
 
 def _load(body: nn.Module, backbone: str, weights: str) -> None:

@@ -27,7 +27,7 @@ from headstart.engine import pick_device, worker_init
 from headstart.errors import DataError, ImageError, RunError, SettingsError, WeightsError
 from headstart.files import write_json
 from headstart.proposals.store import metadata_of, readable
-from headstart.runs import DETECTOR_FILE, read_record
+from headstart.runs import DETECTOR_FILE, read_detector_record
 from headstart.verbs.start import detector_of, is_foreign, load_start
 
 Metric = Literal["coco", "lvis", "voc", "voc07", "proposals"]
@@ -155,7 +155,7 @@ def load_finetuned(run: Path) -> tuple[Detector, list[str]]:
         if any(not detector.is_neutral(key) for key in report.missing) or report.unexpected or report.reshaped:
             raise WeightsError(f"{run}: its weights are not all of the detector that its config.json describes")
         return detector, transformers_folders.read_classes(run)
-    record = read_record(run)
+    record = read_detector_record(run)
     if record["kind"] != "finetune":
         raise RunError(f"{run}: is a {record['kind']} run and knows no classes yet; run headstart finetune {run}")
     file = run / DETECTOR_FILE

@@ -17,7 +17,7 @@ from headstart.detectors.formats import FOLDERS, format_module, transformers_fol
 from headstart.detectors.weights import read_metadata, read_state, save_detector, summarise
 from headstart.errors import RunError, SettingsError, WeightsError
 from headstart.files import replacing
-from headstart.runs import DETECTOR_FILE, RECORD, read_record
+from headstart.runs import DETECTOR_FILE, RECORD, read_detector_record
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -85,7 +85,7 @@ def export(
     """
     run = Path(run)
     library = format_module(to)
-    record = read_record(run)
+    record = read_detector_record(run)
     file = run / DETECTOR_FILE
     if not file.is_file():
         raise RunError(f"{run}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")

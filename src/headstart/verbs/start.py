@@ -15,7 +15,7 @@ from headstart.detectors.detector import Detector
 from headstart.detectors.formats import transformers_folders
 from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state
 from headstart.errors import RunError, SettingsError
-from headstart.runs import DETECTOR_FILE, RECORD, read_record
+from headstart.runs import DETECTOR_FILE, RECORD, read_detector_record
 
 SCRATCH = "scratch"
 IMAGENET = "imagenet"  # the library's own supervised weights of the backbone
@@ -37,7 +37,7 @@ def detector_of(start: Path | str) -> dict[str, Any]:
         raise RunError(f"{start}: no such run folder or weights file; expected one of these, or {words}")
     if is_foreign(path):
         return transformers_folders.read_settings(path)
-    settings = dict(read_record(path)["config"]["detector"])
+    settings = dict(read_detector_record(path)["config"]["detector"])
     if "object" in settings:
         raise SettingsError(
             f"{path}: was made from a detector object, of which only the weights were kept; "

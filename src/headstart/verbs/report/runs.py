@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headstart.console import notes
 from headstart.errors import DataError, RunError
 from headstart.files import read_json
+from headstart.runs import LINEAR, read_record
 from headstart.settings import flatten
 
 METHOD_TITLES = {
@@ -181,14 +183,27 @@ def read_runs(paths: Iterable[Path | str]) -> list[Run]:
     """Every run once, oldest first.
 
     Raises:
-        RunError: no folder is given, or one of them is not a run.
+        RunError: no folder is given, or one of them is not a run, or none is of a detector.
     """
     unique: dict[Path, Path] = {}
     for path in paths:
         unique.setdefault(Path(path).resolve(), Path(path))
     if not unique:
         raise RunError("report: no run folder given; expected for example: headstart report runs/*")
-    return sorted((read_run(path) for path in unique.values()), key=lambda run: str(run.record.get("created")))
+    detecting = [path for path in unique.values() if not _is_linear(path)]
+    for path in unique.values():
+        if path not in detecting:
+            notes.print(f"{path}: a linear evaluation, of which a report shows nothing: left out", markup=False)
+    if not detecting:
+        raise RunError("report: there are linear evaluations alone, whose accuracies are in their eval.json")
+    return sorted((read_run(path) for path in detecting), key=lambda run: str(run.record.get("created")))
+
+
+def _is_linear(path: Path) -> bool:
+    try:
+        return read_record(path)["kind"] == LINEAR
+    except (RunError, DataError):
+        return False  # and no run that can be read
 
 
 def read_run(path: Path) -> Run:
