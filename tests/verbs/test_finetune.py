@@ -14,11 +14,11 @@ from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
 from headstart.errors import RunError, SettingsError
 from headstart.optim import OptimSettings
-from headstart.verbs.finetune import TuneSettings, _Supervised, config_type, jitter_scale, settle
+from headstart.verbs.finetune import TuneSettings, Supervised, config_type, jitter_scale, settle
 
 
-def supervised(tiny, **tune) -> _Supervised:
-    return _Supervised(detectors.build(RCNNSettings(**tiny)), TuneSettings(**tune)).train()
+def supervised(tiny, **tune) -> Supervised:
+    return Supervised(detectors.build(RCNNSettings(**tiny)), TuneSettings(**tune)).train()
 
 
 def learning(model) -> set[str]:

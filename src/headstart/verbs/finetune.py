@@ -104,7 +104,7 @@ class Finetuned:
     best_step: int | None = None
 
 
-class _Supervised(nn.Module):
+class Supervised(nn.Module):
     """``forward(batch) -> {term: loss}``: the detector's own.
 
     Raises:
@@ -135,7 +135,7 @@ class _Supervised(nn.Module):
         if tune.backbone_norm == "fixed":
             self._fixed += [m for m in parts["backbone"].modules() if isinstance(m, _BatchNorm)]
 
-    def train(self, mode: bool = True) -> _Supervised:
+    def train(self, mode: bool = True) -> Supervised:
         super().train(mode)
         for layers in self._fixed:
             layers.eval()
@@ -360,11 +360,7 @@ def finetune(
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
         said = settle(config, wrapped, len(chosen.images), compute)
         masks = "mask_head" in wrapped.parts
-        if masks and not chosen.has_masks:
-            raise DataError(
-                f"{train}: has no masks, which this detector is trained with. Use --detector faster_rcnn: its "
-                "backbone, FPN and box head take the same pretrained weights"
-            )
+        check_masks(wrapped, chosen)
         report = load_start(wrapped, start) if given is None and start != SCRATCH else None
         if show and distributed.is_main():
             for note in [*data.notes, *said]:
@@ -397,7 +393,7 @@ def finetune(
         with lent(wrapped):
             job = Job(
                 name="finetune",
-                model=_Supervised(wrapped, config.tune),
+                model=Supervised(wrapped, config.tune),
                 images=len(chosen.images),
                 load=_Loader(dataset, config.augment),
                 collate=_Labelled,
@@ -438,6 +434,15 @@ def finetune(
                         notes.print(f"Best on validation: AP {100 * validation.best:.1f} after step {best_step}{early}")
                     notes.print(f"Weights: {run.path / DETECTOR_FILE}")
     return Finetuned(out, wrapped, summary, report, evaluation, best_step)
+
+
+def check_masks(detector: Detector, data: DetectionData) -> None:
+    """Raises: DataError where ``detector`` is trained with masks, and the data have none."""
+    if "mask_head" in detector.parts and not data.has_masks:
+        raise DataError(
+            f"{data.source}: has no masks, which this detector is trained with. Use --detector faster_rcnn: its "
+            "backbone, FPN and box head take the same pretrained weights"
+        )
 
 
 def settle(config: Any, detector: Detector, n_images: int, device: torch.device) -> list[str]:

@@ -337,7 +337,7 @@ def pretrain(
             )
         report = None if start is None or str(start) == SCRATCH else load_start(wrapped, start)
         if reason and report is not None:
-            _check_frozen(wrapped, pretraining_method, report)
+            check_frozen(wrapped, pretraining_method, report)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
         own = pretraining_method.refresh_epochs
         given_boxes = pretraining_method.needs_proposals and own is None
@@ -468,7 +468,7 @@ def settle(config: Any, method: Method, detector: Detector, n_images: int, devic
     return notes_
 
 
-def _check_frozen(detector: Detector, method: Method, report: LoadReport) -> None:
+def check_frozen(detector: Detector, method: Method, report: LoadReport) -> None:
     """
     Raises:
         SettingsError: a part that is not trained, but kept, would keep random weights.
