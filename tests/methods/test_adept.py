@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, Views, batch
 from torchvision.models.detection.image_list import ImageList
 
 from headstart import detectors
@@ -17,7 +18,6 @@ from headstart.methods.method import collate_views
 from headstart.methods.soco import SoCo, SoCoSettings
 from headstart.verbs.pretrain import Pretraining
 
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
 RPN = ("rpn_objectness", "rpn_boxes")
 
 
@@ -30,15 +30,6 @@ def adept(wrapped=None, **settings) -> ADePT:
     method = ADePT(ADePTSettings(**{"view_px": 64, "hidden": 32, "dim": 16, "tau": 0.9, **settings}))
     method.settle(wrapped or detector(), total_steps=100)
     return method
-
-
-def batch(method, photo, count: int = 2):
-    return collate_views([method.views(photo, BOXES, np.random.default_rng(i)) for i in range(count)])
-
-
-class Views:
-    def __init__(self, views):
-        self.views = views
 
 
 def step(method, photo, wrapped=None):

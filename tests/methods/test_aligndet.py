@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, Views, assert_finite_and_all_learn, batch
 
 from headstart import detectors
 from headstart.errors import SettingsError
@@ -16,7 +17,6 @@ from headstart.methods.method import collate_views
 from headstart.verbs.pretrain import Pretraining
 from headstart.views import View
 
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
 COMMON = {"backbone": "resnet18", "fpn_channels": 8, "short_side_px": 64, "long_side_px": 96}
 FAMILIES = {
     "faster_rcnn": {"head_width": 16, "anchor_px": [8, 16, 32, 64, 96], "proposals_train": 32},
@@ -44,15 +44,6 @@ def aligndet(wrapped, **settings) -> AlignDet:
     method = AlignDet(AlignDetSettings(**{"hidden": 16, "dim": 12, "tau": 0.996, **settings}))
     method.settle(wrapped, total_steps=100)
     return method
-
-
-class Views:
-    def __init__(self, views):
-        self.views = views
-
-
-def batch(method, photo, boxes=BOXES, count: int = 2):
-    return collate_views([method.views(photo, boxes, np.random.default_rng(i)) for i in range(count)], 32)
 
 
 # ---- loss_con -------------------------------------------------------------------------------------------------------
@@ -169,13 +160,7 @@ def test_images_without_proposals(family, counts, photo):
     method = aligndet(wrapped)
     model = Pretraining(method, wrapped).train()
     samples = [method.views(photo, BOXES[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
-    terms = model(Views(collate_views(samples, 32)))
-    assert all(torch.isfinite(term) for term in terms.values()), terms
-    sum(terms.values()).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
+    assert_finite_and_all_learn(model, collate_views(samples, 32))
     assert math.isfinite(model.watch()["matched"])
 
 

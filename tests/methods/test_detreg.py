@@ -8,30 +8,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, TRANSFORMER, Views, assert_finite_and_all_learn, two_sizes
 
 from headstart import detectors
 from headstart.detectors.set_loss import Objects
 from headstart.errors import SettingsError
 from headstart.methods import crops
 from headstart.methods.detreg import DETReg, DETRegSettings
-from headstart.methods.method import collate_views
 from headstart.methods.query_method import Answered, detr_crop
 from headstart.verbs.pretrain import Pretraining
 from headstart.views import View
 
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
-COMMON = {
-    "backbone": "resnet18",
-    "short_side_px": 64,
-    "long_side_px": 80,
-    "width": 16,
-    "heads": 2,
-    "feedforward": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "num_queries": 7,
-    "dropout": 0.0,
-}
+COMMON = {**TRANSFORMER, "long_side_px": 80, "feedforward": 32, "num_queries": 7}
 FAMILIES = {
     "detr": {"name": "detr"},
     "deformable_detr": {"name": "deformable_detr"},
@@ -49,18 +37,6 @@ def detreg(wrapped, **settings) -> DETReg:
     method = DETReg(DETRegSettings(**{"crop_px": 32, "colour": 0.0, "crop_prob": 0.0, **settings}))
     method.settle(wrapped, total_steps=100)
     return method
-
-
-class Views:
-    def __init__(self, views):
-        self.views = views
-
-
-def batch(method, photo, boxes=BOXES, counts=(3, 2)):
-    """Images of different sizes, padded together."""
-    photos = [photo, photo[:, :50]]
-    samples = [method.views(photos[i % 2], boxes[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
-    return collate_views(samples, method.multiple_px)
 
 
 # ---- the losses, term by term ---------------------------------------------------------------------------------------
@@ -140,7 +116,7 @@ def test_every_term_is_the_papers(family, photo):
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).eval()
     torch.nn.init.normal_(model.student.heads["f_cls"].weight, std=3.0)  # each layer has matches of its own
-    views = batch(method, photo)
+    views = two_sizes(method, photo)
     (view,) = views
     assert len({tuple(size) for size in view.sizes.tolist()}) == 2
     with torch.no_grad():
@@ -166,7 +142,7 @@ def test_the_first_stage_learns_to_find_objects_too(photo):
     wrapped = detector("two_stage")
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).train()
-    views = batch(method, photo)
+    views = two_sizes(method, photo)
     terms = model(Views(views))
     assert {"first_class", "first_l1", "first_giou"} < terms.keys()
     sum(terms[name] for name in terms if name.startswith("first_")).backward()
@@ -179,7 +155,7 @@ def test_the_embedding_takes_no_part_in_the_matching(photo):
     wrapped = detector()
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).eval()
-    views = batch(method, photo)
+    views = two_sizes(method, photo)
     with torch.no_grad():
         before = model(Views(views))
         for parameter in model.student.heads["f_emb"].parameters():
@@ -191,7 +167,7 @@ def test_the_embedding_takes_no_part_in_the_matching(photo):
 
 def test_weights(photo):
     wrapped = detector()
-    views = batch(detreg(wrapped), photo)
+    views = two_sizes(detreg(wrapped), photo)
 
     def terms(**settings):
         torch.manual_seed(1)
@@ -219,7 +195,7 @@ def test_one_step_moves_all_but_the_backbone_and_the_class_layer(family, photo):
     method = detreg(wrapped, colour=1.0)
     before = copy.deepcopy(wrapped.module.state_dict())
     model = Pretraining(method, wrapped).train()
-    sum(model(Views(batch(method, photo))).values()).backward()
+    sum(model(Views(two_sizes(method, photo))).values()).backward()
     assert set(method.trained_parts(wrapped)) == set(wrapped.parts) - {"backbone", "classifier"}
     for name, part in wrapped.parts.items():
         for key, parameter in part.named_parameters():
@@ -241,13 +217,7 @@ def test_images_without_proposals(family, counts, photo):
     wrapped = detector(family)
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).train()
-    terms = model(Views(batch(method, photo, counts=counts)))
-    assert all(torch.isfinite(term) for term in terms.values()), terms
-    sum(terms.values()).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
+    assert_finite_and_all_learn(model, two_sizes(method, photo, counts=counts))
     watched = model.watch()
     assert watched["objects"] == sum(counts) / 2
     assert (method.warnings(watched) is not None) == (sum(counts) == 0)
@@ -256,7 +226,7 @@ def test_images_without_proposals(family, counts, photo):
 def test_more_proposals_than_queries(photo):
     wrapped = detector(num_queries=2)
     model = Pretraining(detreg(wrapped), wrapped).train()
-    terms = model(Views(batch(model.method, photo, counts=(5, 1))))
+    terms = model(Views(two_sizes(model.method, photo, counts=(5, 1))))
     assert all(torch.isfinite(term) for term in terms.values()), terms
 
 
@@ -265,7 +235,7 @@ def test_batched_is_single(photo):
     wrapped = detector("detr")
     method = detreg(wrapped)
     net = Pretraining(method, wrapped).eval().student
-    (view,) = batch(method, photo)
+    (view,) = two_sizes(method, photo)
     together = method.describe(net, view, view.targets())
     first = method.describe(net, *alone(view, 0))
     second = method.describe(net, *alone(view, 1))
@@ -342,7 +312,7 @@ def test_watch_against_loops(photo):
     wrapped = detector(num_queries=6)
     method = detreg(wrapped)
     model = Pretraining(method, wrapped).eval()
-    views = batch(method, photo)
+    views = two_sizes(method, photo)
     with torch.no_grad():
         model(Views(views))
     watched = model.watch()

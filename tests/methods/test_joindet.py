@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from on_a_photo import TRANSFORMER
 from safetensors.torch import load_file
 
 import headstart
@@ -21,18 +22,7 @@ from headstart.proposals import ncut
 from headstart.settings import validate
 
 BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [10, 20, 30, 50]], np.float32)
-TINY = {
-    "backbone": "resnet18",
-    "width": 16,
-    "heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "feedforward": 16,
-    "num_queries": 6,
-    "dropout": 0.0,
-    "short_side_px": 64,
-    "long_side_px": 96,
-}
+TINY = {**TRANSFORMER, "num_queries": 6}
 SINGLE = {"levels": 1}
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, TRANSFORMER, Views, batch
 
 from headstart import detectors
 from headstart.errors import SettingsError
@@ -19,18 +20,7 @@ from headstart.views import View
 from test_distributed import torchrun
 from test_losses import plain_loc_sce
 
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
-TINY = {
-    "backbone": "resnet18",
-    "width": 16,
-    "heads": 2,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "feedforward": 16,
-    "num_queries": 5,
-    "short_side_px": 64,
-    "long_side_px": 96,
-}
+TINY = {**TRANSFORMER, "num_queries": 5}
 FAMILIES = {"deformable_detr": {}, "detr": {}}
 TWO_STAGE = {"refine": True, "two_stage": True}
 
@@ -44,15 +34,6 @@ def proseco(wrapped, **settings) -> ProSeCo:
     method = ProSeCo(ProSeCoSettings(**{"hidden": 16, "dim": 8, "keep_rate": 0.9, **settings}))
     method.settle(wrapped, total_steps=100)
     return method
-
-
-class Views:
-    def __init__(self, views):
-        self.views = views
-
-
-def batch(method, photo, boxes=BOXES, count: int = 2):
-    return collate_views([method.views(photo, boxes, np.random.default_rng(i)) for i in range(count)])
 
 
 # ---- plain references -----------------------------------------------------------------------------------------------
@@ -433,7 +414,7 @@ for name, parameter in shared.named_parameters():
         compared += 1
 assert compared > 30, compared
 dist.destroy_process_group()
-""".replace("SETTINGS", repr({"name": "deformable_detr", **TINY, "dropout": 0.0})),
+""".replace("SETTINGS", repr({"name": "deformable_detr", **TINY})),
     )
 
 

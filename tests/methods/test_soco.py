@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, Views, batch
 from torchvision.ops import roi_align
 
 from headstart import detectors
@@ -15,8 +16,6 @@ from headstart.errors import SettingsError
 from headstart.methods.method import Net, collate_views
 from headstart.methods.soco import SoCo, SoCoSettings, contrast
 from headstart.verbs.pretrain import Pretraining
-
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
 
 
 def soco(**settings) -> SoCo:
@@ -29,11 +28,6 @@ def detector(**settings):
     torch.manual_seed(0)
     base = {"backbone": "resnet18", "fpn_channels": 8, "head_width": 16}
     return detectors.build(RCNNSettings(**{**base, **settings}))
-
-
-def batch(method: SoCo, photo: np.ndarray, count: int = 2):
-    samples = [method.views(photo, BOXES, np.random.default_rng(i)) for i in range(count)]
-    return collate_views(samples)
 
 
 # ---- Eq. 5 and 6 ------------------------------------------------------------------------------------------------
@@ -266,15 +260,10 @@ def test_ablation_rows_train_what_they_say(photo, options, width, parts):
     assert model.student.heads["g"][0].in_features == width
     views = batch(method, photo)
     assert views[0].boxes.shape[1] == (1 if options.get("instances") == "whole_image" else 4)
-    sum(model(_Batch(views)).values()).backward()
+    sum(model(Views(views)).values()).backward()
     for name, part in wrapped.parts.items():
         grads = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in part.parameters()]
         assert any(grads) == (name in parts), name
-
-
-class _Batch:
-    def __init__(self, views):
-        self.views = views
 
 
 def test_c4_has_no_third_view_and_pools_from_c4(photo):
@@ -286,7 +275,7 @@ def test_c4_has_no_third_view_and_pools_from_c4(photo):
     model = Pretraining(method, wrapped)
     assert method.trained_parts(wrapped) == ["backbone", "head"]
     assert model.student.heads["g"][0].in_features == 512
-    terms = model(_Batch(batch(method, photo)))
+    terms = model(Views(batch(method, photo)))
     assert torch.isfinite(terms["align"])
 
 
@@ -313,7 +302,7 @@ def test_one_step_moves_the_student_by_gradient_and_the_teacher_by_ema_only(phot
     model = Pretraining(method, detector())
     before = {k: v.clone() for k, v in model.teacher.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    sum(model(_Batch(batch(method, photo))).values()).backward()
+    sum(model(Views(batch(method, photo))).values()).backward()
     assert all(p.grad is None for p in model.teacher.parameters())
     optimizer.step()
     student = dict(model.student.named_parameters())

@@ -7,27 +7,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+from on_a_photo import BOXES, TRANSFORMER, Views, assert_finite_and_all_learn, two_sizes
 
 from headstart import detectors
 from headstart.errors import SettingsError
 from headstart.methods import crops
-from headstart.methods.method import collate_views
 from headstart.methods.updetr import UPDETR, UPDETRSettings
 from headstart.verbs.pretrain import Pretraining
 
-BOXES = np.array([[4, 4, 40, 36], [20, 10, 70, 55], [0, 0, 80, 60], [50, 30, 78, 58], [10, 20, 30, 50]], np.float32)
-COMMON = {
-    "backbone": "resnet18",
-    "short_side_px": 64,
-    "long_side_px": 80,
-    "width": 16,
-    "heads": 2,
-    "feedforward": 32,
-    "encoder_layers": 1,
-    "decoder_layers": 2,
-    "num_queries": 7,
-    "dropout": 0.0,
-}
+COMMON = {**TRANSFORMER, "long_side_px": 80, "feedforward": 32, "num_queries": 7}
 
 
 def detector(family: str = "detr", **settings):
@@ -39,18 +27,6 @@ def updetr(wrapped, **settings) -> UPDETR:
     method = UPDETR(UPDETRSettings(**{"M": 3, "crop_px": 32, "colour": 0.0, "patches": "proposals", **settings}))
     method.settle(wrapped, total_steps=100)
     return method
-
-
-class Views:
-    def __init__(self, views):
-        self.views = views
-
-
-def batch(method, photo, counts=(3, 2)):
-    """Images of different sizes, padded together."""
-    photos = [photo, photo[:, :50]]
-    samples = [method.views(photos[i % 2], BOXES[:n], np.random.default_rng(i)) for i, n in enumerate(counts)]
-    return collate_views(samples, method.multiple_px)
 
 
 # ---- groups of queries, and who looks at whom -----------------------------------------------------------------------
@@ -88,7 +64,7 @@ def test_queries_of_a_patch_answer_as_if_others_were_not_there(photo):
     net = Pretraining(method, wrapped).eval().student
     p = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     other = torch.cat([p[:1], torch.randn(2, 512, generator=torch.Generator().manual_seed(1))])
-    (view,) = batch(method, photo, counts=(3,))
+    (view,) = two_sizes(method, photo, counts=(3,))
     attend, group = method.attention(7), method.groups(7)
     with torch.no_grad():
         a, b = (
@@ -145,7 +121,7 @@ def test_losses_against_loops(family, photo):
     wrapped = detector(family)
     method = updetr(wrapped)
     model = Pretraining(method, wrapped).eval()
-    views = batch(method, photo)
+    views = two_sizes(method, photo)
     (view,) = views
     with torch.no_grad():
         terms = model(Views(views))
@@ -175,7 +151,7 @@ def test_losses_against_loops(family, photo):
 
 def test_weights(photo):
     wrapped = detector()
-    views = batch(updetr(wrapped), photo)
+    views = two_sizes(updetr(wrapped), photo)
 
     def terms(**settings):
         torch.manual_seed(1)
@@ -194,7 +170,7 @@ def test_one_step_moves_all_but_the_backbone_and_the_class_layer(family, photo):
     before = copy.deepcopy(wrapped.module.state_dict())
     model = Pretraining(method, wrapped).train()
     heads = copy.deepcopy(model.student.heads.state_dict())
-    sum(model(Views(batch(method, photo))).values()).backward()
+    sum(model(Views(two_sizes(method, photo))).values()).backward()
     for name, part in wrapped.parts.items():
         for key, parameter in part.named_parameters():
             assert (parameter.grad is None) == (name in ("backbone", "classifier")), f"{name} {key}"
@@ -212,13 +188,7 @@ def test_images_without_patches(family, counts, photo):
     wrapped = detector(family)
     method = updetr(wrapped)
     model = Pretraining(method, wrapped).train()
-    terms = model(Views(batch(method, photo, counts=counts)))
-    assert all(torch.isfinite(term) for term in terms.values()), terms
-    sum(terms.values()).backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, name
-            assert torch.isfinite(parameter.grad).all(), name
+    assert_finite_and_all_learn(model, two_sizes(method, photo, counts=counts))
     assert model.watch()["objects"] == sum(counts) / 2
 
 
