@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from PIL import Image
+from safetensors.torch import save_file
 
 import headstart
-from headstart.errors import DataError, RunError, SettingsError
-from headstart.verbs.compare import pool
+from headstart.errors import DataError, HeadstartError, RunError, SettingsError
+from headstart.verbs.compare import pool, rehearsal
 from headstart.verbs.compare.plan import Task, cell_seed, make_plan
 from headstart.verbs.compare.starts import parse_starts
 from headstart.verbs.report import report
@@ -152,6 +156,83 @@ def test_what_is_wrong_is_said_before_anything_runs(tmp_path: Path, arguments: d
     with pytest.raises(error, match=message):
         headstart.compare(**{**arguments, **changes}, out=tmp_path / "out", show=False)
     assert not (tmp_path / "out").exists()
+
+
+def changed(file: Path, to: Path, change) -> Path:
+    content = json.loads(file.read_text())
+    change(content)
+    to.write_text(json.dumps(content))
+    return to
+
+
+def federated(content: dict) -> None:
+    for image in content["images"]:
+        image |= {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """Weights, labels and photos with something wrong."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "broken.safetensors").write_bytes(b"nothing")
+    save_file({"some.layer": torch.zeros(3)}, folder / "foreign.safetensors")
+    deeper = {k: v.contiguous() for k, v in torchvision.models.resnet50().state_dict().items()}
+    save_file(deeper, folder / "resnet50.safetensors")
+    changed(scenes / "val.json", folder / "federated.json", federated)
+    changed(scenes / "val.json", folder / "empty.json", lambda content: content.update(annotations=[]))
+    boxes_alone = lambda content: [a.pop("segmentation", None) for a in content["annotations"]]
+    changed(scenes / "train.json", folder / "boxes_alone.json", boxes_alone)
+    (folder / "photos").mkdir()
+    (folder / "photos/torn.jpg").write_bytes(b"torn")
+    (folder / "begun").mkdir()
+    (folder / "begun/run.json").write_text(
+        json.dumps({"kind": "pretrain", "config": {"detector": {"name": "faster_rcnn"}}})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"starts": ["scratch", "broken.safetensors"]}, "broken.safetensors: not a readable safetensors file"),
+        ({"starts": ["scratch", "foreign.safetensors"]}, "foreign.safetensors: no known layout"),
+        ({"starts": ["scratch", "soco@resnet50.safetensors"]}, "only 77 of the 100 weights of this backbone"),
+        ({"starts": ["scratch", "resnet50.safetensors"]}, "--starts resnet50: only .* Is it of another --backbone"),
+        ({"starts": ["scratch", "begun"]}, "begun: has no detector.safetensors, so it did not finish"),
+        ({"val": "federated.json"}, "federated.json: .*frequency"),
+        ({"val": "empty.json"}, "empty.json: has no object"),
+        ({"train": "boxes_alone.json", "detector": "mask_rcnn"}, "boxes_alone.json: has no masks"),
+        ({"unlabelled": "photos"}, "photos: none of its images that were looked at can be read.*torn.jpg"),
+        ({"proposals": "boxes.parquet"}, "boxes.parquet: no such file; expected boxes of"),
+        ({"more": ["tune.only=[nose]"]}, "tune.only: no part nose"),
+        ({"more": ["tune.frozen_stages=9"]}, "the backbone has 4"),
+        ({"more": ["train.accumulate=3"]}, "batch size 2 can't be divided into 3 parts"),
+        ({"device": "cuda:77"}, "cuda:77: this machine"),
+        ({"pretrain_settings": [*SOCO, "detector.backbone=resnet34"]}, "fine-tuning has resnet18; expected the same"),
+    ],
+)
+def test_what_would_end_a_run_ends_the_rehearsal(
+    tmp_path: Path, arguments: dict, scenes: Path, faulty: Path, changes, message
+):
+    called = {**arguments, "train_images": scenes / "train/images", "val_images": scenes / "val/images"}
+    called["settings"] = [*called["settings"], *changes.get("more", [])]
+    for key, value in changes.items():
+        if key == "starts":
+            called[key] = [one.replace(one.rpartition("@")[2], str(faulty / one.rpartition("@")[2])) for one in value]
+            called[key][0] = "scratch"
+        elif key in ("train", "val", "unlabelled", "proposals"):
+            called[key] = faulty / value
+        elif key != "more":
+            called[key] = value
+    with pytest.raises(HeadstartError, match=message):
+        headstart.compare(**called, out=tmp_path / "out", show=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_seen_before_it_is_full(tmp_path: Path, arguments: dict, monkeypatch):
+    monkeypatch.setattr(rehearsal.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(RunError, match=r"out: the weights of these runs take 0\.\d GiB at least, and 0.0 GiB are"):
+        headstart.compare(**arguments, out=tmp_path / "out", show=False)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from headstart.files import read_json, write_json
 from headstart.verbs.compare import words
 from headstart.verbs.compare.plan import Plan, Task, make_plan
 from headstart.verbs.compare.pool import LOGS, finished, run_all, slots
+from headstart.verbs.compare.rehearsal import rehearse
 from headstart.verbs.compare.statistics import LEVEL, MIN_SEEDS, RULE, Answer, Scores, answer, pairs_needed
 from headstart.verbs.report import report
 from headstart.verbs.report.comparison import FILE, draw, read
@@ -124,6 +125,7 @@ def compare(
         pretrain_settings=pretrain_settings,
     )
     _check_same(out, plan)
+    rehearse(plan, out, places, show)
     looks = max(1, seeds - MIN_SEEDS + 1) if stop_early else 1
     if show:
         _announce(plan, looks)

@@ -49,7 +49,11 @@ class Cell:
 
 @dataclass
 class Plan:
-    """``preparing``: proposals and pretraining by name. ``chains``: what of it each start is made of, first to last."""
+    """``preparing``: proposals and pretraining by name. ``chains``: what of it each start is made of, first to last.
+
+    ``tuning``, ``pretraining``: the settings that fine-tuning, and each pretraining, will have; for what looks ahead.
+    ``sources``: what the runs of each start are given, a word or a path.
+    """
 
     baseline: str
     starts: list[str]
@@ -58,6 +62,11 @@ class Plan:
     chains: dict[str, list[str]]
     cells: list[list[Cell]]  # a list a seed
     fixed: dict[str, Any]  # what may not change when the comparison goes on
+    data: DetectionData
+    held_out: DetectionData
+    tuning: Any
+    pretraining: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def tasks(self, rounds: int) -> list[Task]:
@@ -98,9 +107,10 @@ def make_plan(
     chosen = parse_starts(starts)
     if not 1 <= seeds <= MAX_SEEDS:
         raise SettingsError(f"--seeds {seeds}: expected 1 to {MAX_SEEDS}")
-    built, given = _detector(chosen, detector, backbone, recipe, schedule, settings)
+    tuning, given = _tuning(chosen, detector, backbone, recipe, schedule, settings)
+    built = tuning.detector
     data = load_detection_data(train, _path(train_images))
-    in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])  # or it raises
+    held_out = in_order_of(load_detection_data(val, _path(val_images)), [c.name for c in data.categories])
     plan = Plan(
         baseline=SCRATCH if any(s.source == SCRATCH for s in chosen) else chosen[0].name,
         starts=[start.name for start in chosen],
@@ -109,6 +119,9 @@ def make_plan(
         chains={},
         cells=[],
         fixed={},
+        data=data,
+        held_out=held_out,
+        tuning=tuning,
     )
     pinned = {f"detector.{k}": v for k, v in flatten(built.model_dump(mode="json")).items() if k != "num_classes"}
     making = _Preparing(
@@ -123,6 +136,7 @@ def make_plan(
                 raise SettingsError(
                     f"--starts: {start.name} means {plan.starts[i]} here, and both are named; expected one"
                 )
+    plan.sources = {name: origins[start.name][0] for start, name in zip(chosen, plan.starts, strict=True)}
     for number in range(seeds):
         row = []
         for budget, images in plan.budgets.items():
@@ -150,17 +164,18 @@ def make_plan(
     return plan
 
 
-def _detector(
+def _tuning(
     starts: Sequence[Start],
     detector: str | None,
     backbone: str | None,
     recipe: Path | str | None,
     schedule: Mapping[str, Any],
     settings: Mapping[str, Any] | Sequence[str],
-) -> tuple[DetectorSettings, dict[str, Any]]:
-    """One detector for all runs, and the given fine-tuning settings, dotted.
+) -> tuple[Any, dict[str, Any]]:
+    """The settings of all fine-tuning runs, and those of them that were given, dotted, but for the detector's.
 
-    It is as the first start that is a run was built, then the recipe, then what was asked for; as in fine-tuning.
+    The detector is as the first start that is a run was built, then the recipe, then what was asked for, as in
+    fine-tuning.
     """
     sources = [_root(start).source for start in starts]
     base: Mapping[str, Any] = next((found for source in sources if source and (found := detector_of(source))), {})
@@ -175,7 +190,7 @@ def _detector(
     asked = {"detector.name": name, **({"detector.backbone": backbone} if backbone else {}), **_train(schedule)}
     values = merge(values, {**asked, **given})
     config: Any = validate(kind, values, "compare")
-    return config.detector, {key: value for key, value in given.items() if not key.startswith("detector.")}
+    return config, {key: value for key, value in given.items() if not key.startswith("detector.")}
 
 
 def _root(start: Start) -> Start:
@@ -252,6 +267,11 @@ class _Preparing:
             merge(values, flatten(section, model=kind)), {"detector.name": family, **_train(self.schedule), **given}
         )
         config: Any = validate(kind, values, f"compare, pretraining {method}")
+        if config.detector.backbone != self.detector.backbone:
+            raise SettingsError(
+                f"compare, pretraining {method}: detector.backbone is {config.detector.backbone}, and fine-tuning has "
+                f"{self.detector.backbone}; expected the same"
+            )
         made = methods.method_type(method)(config.method)
         on = start.on
         if on is None and (reason := made.needs_start(detectors.build(config.detector))):
@@ -279,6 +299,7 @@ class _Preparing:
             **self.schedule,
         }
         self.plan.preparing.setdefault(name, Task(name, "pretrain", arguments, run, tuple(needs)))
+        self.plan.pretraining.setdefault(name, config)
         self.plan.chains[name] = [*dict.fromkeys([*self.plan.chains.get(before, []), *needs, name])]
         return str(run), name
 
