@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import headstart
 from headstart import cli, detectors, methods
 from headstart.detectors import FAMILIES, formats
-from headstart.errors import SettingsError
+from headstart.errors import DataError, SettingsError
 from headstart.methods import METHODS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -84,6 +84,16 @@ def test_the_readme_has_the_table_that_the_registries_give():
 def test_what_does_not_go_together_says_why(family, method, tmp_path, scenes):
     with pytest.raises(SettingsError, match=f"{method} trains .* which a .* does not have; headstart methods says"):
         headstart.pretrain(family, scenes / "unlabelled", method, out=tmp_path / "run", start="scratch", show=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", DETECTORS)
+def test_more_classes_than_outputs_are_refused_before_training(family, scenes, tmp_path):
+    """A user's own object may have been built for other classes; labels beyond its outputs would be an index error."""
+    built = detectors.build(detectors.parse_settings({"name": family, **DETECTORS[family], "num_classes": 2}))
+    assert built.num_classes == 2
+    with pytest.raises(DataError, match=r"train.json: has 6 classes, the detector 2; expected one with at least as"):
+        headstart.finetune(built.module, scenes / "train.json", out=tmp_path / "run", max_steps=1, show=False)
     assert not (tmp_path / "run").exists()
 
 

@@ -77,6 +77,10 @@ class DenseDetector(TorchvisionDetector):
             "regressor": (f"{towers[1]}bbox_reg.",),
         }
 
+    @property
+    def num_classes(self) -> int:
+        return self.module.head.classification_head.num_classes - 1  # output 0 stays unused
+
     @abstractmethod
     def assign(self, anchors: Tensor, boxes: Tensor, counts: Sequence[int]) -> Tensor:
         """The detector's own rule: (N,) int64 of the box each of ``anchors`` answers for, negative where none.

@@ -158,6 +158,11 @@ class Detector(nn.Module, ABC):
         """Names of the parts whose meaning depends on the classes, so that they end with them."""
         return [name for name in self.parts if name in ("classifier", "regressor", "mask_head", "mask_predictor")]
 
+    @property
+    @abstractmethod
+    def num_classes(self) -> int:
+        """Classes it tells apart, without background: labels are 1 to this."""
+
     @abstractmethod
     def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """Pyramid of ``images`` (B, 3, H, W), uint8 or float in [0, 1].

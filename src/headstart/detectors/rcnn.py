@@ -150,6 +150,10 @@ class RCNN(TorchvisionDetector):
     def box_predictor(self) -> nn.Module:
         return self.module.roi_heads.box_predictor
 
+    @property
+    def num_classes(self) -> int:
+        return self.box_predictor.cls_score.out_features - 1
+
     def features(self, images: Tensor, neck: bool = True, sizes: Tensor | None = None) -> Features:
         """P2..P5 (stride 4 to 32); C4 detectors: one map. ``neck=False``: the backbone's last map alone."""
         maps = super().features(images, neck, sizes)

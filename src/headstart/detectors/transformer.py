@@ -154,6 +154,12 @@ class TransformerDetector(TorchvisionDetector):
         return ["classifier"]
 
     @property
+    def num_classes(self) -> int:
+        layers = self.module.class_embed
+        last = layers[-1] if isinstance(layers, nn.ModuleList) else layers
+        return last.out_features - (self.set_loss.kind == "softmax")
+
+    @property
     def match_advice(self) -> MatchAdvice:
         """AlignDet's for DETR (supplement B.5): pseudo classes, or the matching would not fit the loss. What the family
         itself trains more slowly, it does here too (B.1)."""

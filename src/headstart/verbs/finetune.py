@@ -360,6 +360,7 @@ def finetune(
         wrapped = detectors.build(config.detector) if given is None else detectors.wrap(given)
         said = settle(config, wrapped, len(chosen.images), compute)
         masks = "mask_head" in wrapped.parts
+        check_classes(wrapped, data)
         check_masks(wrapped, chosen)
         report = load_start(wrapped, start) if given is None and start != SCRATCH else None
         if show and distributed.is_main():
@@ -434,6 +435,16 @@ def finetune(
                         notes.print(f"Best on validation: AP {100 * validation.best:.1f} after step {best_step}{early}")
                     notes.print(f"Weights: {run.path / DETECTOR_FILE}")
     return Finetuned(out, wrapped, summary, report, evaluation, best_step)
+
+
+def check_classes(detector: Detector, data: DetectionData) -> None:
+    """Raises: DataError where ``data`` have more classes than ``detector`` has outputs, as a user's own may."""
+    if len(data.categories) > detector.num_classes:
+        raise DataError(
+            f"{data.source}: has {len(data.categories)} classes, the detector {detector.num_classes}; "
+            "expected one with at least as many (torchvision's num_classes counts the "
+            "background besides)"
+        )
 
 
 def check_masks(detector: Detector, data: DetectionData) -> None:
