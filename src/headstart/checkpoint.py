@@ -128,6 +128,13 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(state["step"], model, state)
 
 
+def clear(run: Path) -> None:
+    """Remove all checkpoints of a run that nobody will go on with."""
+    (run / "latest").unlink(missing_ok=True)
+    for folder in run.glob("step_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint's folder, unread."""
     folders = _complete(run)

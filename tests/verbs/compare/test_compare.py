@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,12 +245,55 @@ def test_side_by_side_and_what_a_failed_run_said(tmp_path: Path, scenes: Path):
     bad = Task("bad", "finetune", {"start": "nowhere", "train": scenes / "train.json"}, tmp_path / "bad", ("boxes",))
     after = []
     with pytest.raises(
-        RunError, match=r"bad: failed \(exit code 1; all it said is in .*bad.txt\): nowhere: no such run"
+        RunError, match=r"bad: failed \(exit code 1\); all it said is in .*bad.txt:\n  nowhere: no such run"
     ):
         pool.run_all([good, bad], [None, None], tmp_path / "logs", False, lambda task: after.append(task.name))
     assert after == ["boxes"]
     assert pool.finished(good)
     assert not pool.finished(bad)
+
+
+def test_the_last_words_are_those_of_the_last_try(tmp_path: Path):
+    log = tmp_path / "run.txt"
+    assert "it said nothing" in pool._last_words(log, 1)
+    log.write_text(f"{pool.BEGUN} 1\nerror: no space\n{pool.BEGUN} 2\nstep 10\nerror: two\nlines\n\n")
+    assert pool._last_words(log, 1).endswith("run.txt:\n  two\n  lines")
+    log.write_text(f"{pool.BEGUN} 1\nerror: no space\n{pool.BEGUN} 2\n" + "".join(f"step {i}\n" for i in range(9)))
+    said = pool._last_words(log, -9)
+    assert said.startswith("was killed by signal 9 (out of memory?)")
+    assert [line.strip() for line in said.splitlines()[1:]] == [f"step {i}" for i in range(3, 9)]
+
+
+def test_one_command_works_in_a_folder_at_a_time(tmp_path: Path):
+    """A run that outlives a command that was killed is waited for."""
+    busy = pytest.raises(RunError, match="out: another headstart compare works in it")
+    with pool.alone(tmp_path / "out"), busy, pool.alone(tmp_path / "out"):
+        pass
+    order = []
+    at_work = threading.Event()
+
+    def orphan():
+        with pool._locked(tmp_path / "out" / pool.RUNS_LOCK, shared=True):
+            at_work.set()
+            time.sleep(0.3)
+            order.append("run")
+
+    thread = threading.Thread(target=orphan)
+    thread.start()
+    at_work.wait()
+    with pool.alone(tmp_path / "out"):
+        order.append("command")
+    thread.join()
+    assert order == ["run", "command"]
+
+
+def test_ctrl_c_between_steps_stops_the_comparison(tmp_path: Path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pool, "work", interrupted)
+    task = Task("boxes", "propose", {}, tmp_path / "boxes.parquet")
+    assert pool.run_all([task], [None], tmp_path / "logs", False, interrupted) is False
 
 
 @pytest.mark.parametrize(("gain", "seeds", "verdict"), [(0.05, 4, "better"), (0.0, 6, "not shown")])

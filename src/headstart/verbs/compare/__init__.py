@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from headstart.console import notes
-from headstart.errors import RunError
+from headstart.errors import HeadstartError, RunError
 from headstart.files import read_json, write_json
 from headstart.verbs.compare import words
-from headstart.verbs.compare.plan import Plan, Task, make_plan
-from headstart.verbs.compare.pool import LOGS, finished, run_all, slots
+from headstart.verbs.compare.errors import Change, changes
+from headstart.verbs.compare.plan import Cell, Plan, Task, go_on, make_plan
+from headstart.verbs.compare.pool import LOGS, alone, finished, run_all, slots
 from headstart.verbs.compare.rehearsal import rehearse
 from headstart.verbs.compare.statistics import LEVEL, MIN_SEEDS, RULE, Answer, Scores, answer, pairs_needed
 from headstart.verbs.report import report
-from headstart.verbs.report.comparison import FILE, draw, read
+from headstart.verbs.report.comparison import BEYOND, FILE, draw, read
 
 REPORT = "report.html"
 
@@ -28,7 +32,8 @@ REPORT = "report.html"
 class Compared:
     """What :func:`compare` returns.
 
-    ``scores[start][labelled images][seed]`` is AP in 0..1 of the runs that are finished; ``sentences`` are the verdict.
+    ``scores[start][labelled images][seed]`` is AP in 0..1 of the runs that are finished; ``sentences`` are the verdict,
+    what it cost, and what to do now, which ``command`` does where it is a command. ``changes``: in types of error.
     ``finished``: False when it was asked to stop; the same call goes on.
     """
 
@@ -38,9 +43,11 @@ class Compared:
     answer: Answer
     sentences: list[str]
     times: Mapping[str, Mapping[str, Any]]
+    changes: list[Change]
+    command: str = ""
 
     def tables(self) -> list[Table]:
-        return words.tables(self.answer, self.times)
+        return words.tables(self.answer, self.times, self.changes)
 
 
 def compare(
@@ -124,24 +131,46 @@ def compare(
         settings=settings,
         pretrain_settings=pretrain_settings,
     )
-    _check_same(out, plan)
+    looked = _check_same(out, plan)
     rehearse(plan, out, places, show)
     looks = max(1, seeds - MIN_SEEDS + 1) if stop_early else 1
     if show:
         _announce(plan, looks)
-    complete, said = True, _conclude(out, plan, 0, looks, "running")
-    for rounds in range(min(MIN_SEEDS, seeds), seeds + 1) if stop_early else [seeds]:
-
-        def keep(task: Task, rounds: int = rounds) -> None:
-            _conclude(out, plan, rounds, looks, "running")
-
-        complete = run_all(plan.tasks(rounds), places, out / LOGS, show, keep)
-        said = _conclude(out, plan, rounds, looks, "finished" if complete else "stopped")
-        if not complete or (said.answer.clear and said.answer.contrasts):
-            break
+    with alone(out):
+        said = _run(plan, out, places, seeds, stop_early, looks, looked, show)
     if any(said.scores.values()):
         draw(out)
         report(out, out / REPORT)
+    return said
+
+
+def _run(
+    plan: Plan,
+    out: Path,
+    places: Sequence[str | None],
+    seeds: int,
+    stop_early: bool,
+    looks: int,
+    looked: list[str],
+    show: bool,
+) -> Compared:
+    """All of the grid, or until the verdict is clear."""
+    said = _conclude(out, plan, seeds, looks, "running", looked)
+
+    def keep(task: Task) -> None:
+        _conclude(out, plan, seeds, looks, "running", looked)
+
+    for rounds in range(min(MIN_SEEDS, seeds), seeds + 1) if stop_early else [seeds]:
+        try:
+            complete = run_all(plan.tasks(rounds), places, out / LOGS, show, keep)
+        except HeadstartError:
+            _conclude(out, plan, seeds, looks, "stopped", looked)
+            raise
+        if not complete:
+            return _conclude(out, plan, seeds, looks, "stopped", looked)
+        said = _conclude(out, plan, rounds, looks, "finished", looked)
+        if said.answer.clear and said.answer.contrasts:
+            break
     return said
 
 
@@ -155,13 +184,18 @@ def _announce(plan: Plan, looks: int) -> None:
         notes.print(f"  {note}", markup=False, soft_wrap=True)
 
 
-def _check_same(out: Path, plan: Plan) -> None:
-    """Raises: RunError where ``out`` holds runs that were called with something else."""
+def _check_same(out: Path, plan: Plan) -> list[str]:
+    """The digests of tables that verdicts were given on already.
+
+    Raises:
+        RunError: ``out`` holds runs that were called with something else.
+    """
     if not (out / FILE).is_file():
-        if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        if out.is_file() or (out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())):
             raise RunError(f"{out}: is not empty and no comparison; choose another --out")
-        return
-    before = read(out)["fixed"]
+        return []
+    content = read(out)
+    before = content["fixed"]
     different = [
         f"{name}, {key}: was {old!r}, now {new!r}"
         for name in before.keys() & plan.fixed.keys()
@@ -173,6 +207,7 @@ def _check_same(out: Path, plan: Plan) -> None:
             "Repeat the first command (starts, labels and seeds may be added), or choose another --out"
         )
     plan.fixed = {**before, **plan.fixed}
+    return list(content.get("looked", []))
 
 
 def _differing(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
@@ -182,62 +217,126 @@ def _differing(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     return [(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
 
 
-def _conclude(out: Path, plan: Plan, rounds: int, looks: int, status: str) -> Compared:
-    """Read what is finished of the first ``rounds`` seeds, and write compare.json."""
-    scores: dict[str, dict[int, dict[int, float]]] = {start: {} for start in plan.starts}
-    seconds: dict[str, list[float]] = {start: [] for start in plan.starts}
-    runs = []
-    for cell in (cell for row in plan.cells[:rounds] for cell in row if finished(cell.task)):
-        metrics = read_json(cell.task.out / "eval.json")["metrics"]["bbox"]
-        spent = _seconds(cell.task)
-        run = {"start": cell.start, "labels": cell.budget, "images": cell.images, "seed": cell.seed}
-        runs.append({**run, "path": str(cell.task.out.relative_to(out)), "seconds": spent, **metrics})
-        if metrics["AP"] is not None:
-            scores[cell.start].setdefault(cell.images, {})[cell.seed] = metrics["AP"]
-        if spent is not None:
-            seconds[cell.start].append(spent)
-    found = answer(scores, plan.baseline, looks)
-    times = {start: _times(plan, start, seconds[start]) for start in plan.starts}
-    said = Compared(out, status != "stopped", scores, found, words.sentences(found), times)
+def _conclude(out: Path, plan: Plan, rounds: int, looks: int, status: str, looked: list[str]) -> Compared:
+    """Read what is finished of the first ``rounds`` seeds, and write compare.json; a verdict where all of them are.
+
+    ``looked``: digests of the tables that verdicts were given on, to which this one is added. A table that is looked at
+    as the third counts as three looks, whatever was planned.
+    """
+    cells = [cell for row in plan.cells[:rounds] for cell in row]
+    found = _Found(plan, cells, out)
+    final = status == "finished" and bool(cells)
+    if final:
+        digest = sha256("\n".join(sorted(run["path"] for run in found.runs)).encode()).hexdigest()[:12]
+        if digest not in looked:
+            looked.append(digest)
+        looks = max(looks, looked.index(digest) + 1)
+    said = answer(found.scores, plan.baseline, looks, final)
+    changed = changes(found.errors, plan.baseline, looks, final)
+    times = {start: found.times(start) for start in plan.starts}
+    advised, start = words.advice(said, {name: time["pretraining"] for name, time in times.items()})
+    sentences = words.sentences(said, changed, len(found.runs), len(plan.cells) * len(plan.cells[0]))
+    costs = words.costs(times)
+    command = "" if start is None else shlex.join(go_on(plan, start))
+    told = [*sentences, *costs, *([advised] if advised else [])]
     prepared = [task for task in plan.preparing.values() if task.verb == "pretrain" and finished(task)]
     content = {
         "kind": "compare",
         "status": status,
-        "sentences": said.sentences,
+        "sentences": sentences,
+        "costs": costs,
+        "advice": advised,
+        "command": command,
         "rule": RULE,
         "level": LEVEL,
-        "answer": _plain(asdict(found)),
+        "answer": _plain(asdict(said)),
+        "errors": [asdict(change) for change in changed],
+        "looked": looked,
         "starts": times,
         "pretraining": [str(task.out.relative_to(out)) for task in prepared],
-        "runs": runs,
+        "runs": found.runs,
         "fixed": plan.fixed,
     }
     write_json(out / FILE, content)
-    return said
+    return Compared(out, status != "stopped", found.scores, said, told, times, changed, command)
 
 
-def _times(plan: Plan, start: str, seconds: Sequence[float]) -> dict[str, Any]:
-    """Seconds of all pretraining that ``start`` took, its parents' too, and of a fine-tuning run in the mean."""
-    chain = [plan.preparing[name] for name in plan.chains[start]]
-    spent = [_seconds(task) for task in chain if task.verb == "pretrain" and finished(task)]
-    known = [value for value in spent if value is not None]
-    return {
-        "chain": plan.chains[start],
-        "pretraining": sum(known) if known else None,
-        "finetuning": sum(seconds) / len(seconds) if seconds else None,
-    }
+class _Found:
+    """What the finished runs of some cells say."""
+
+    def __init__(self, plan: Plan, cells: Sequence[Cell], out: Path) -> None:
+        self.plan = plan
+        self.runs: list[dict[str, Any]] = []
+        self.scores: dict[str, dict[int, dict[int, float]]] = {start: {} for start in plan.starts}
+        self.errors: dict[str, dict[str, dict[int, dict[int, float]]]] = {}
+        self._spent: dict[str, list[float]] = {start: [] for start in plan.starts}
+        for cell in cells:
+            if finished(cell.task):
+                self._read(cell, out)
+
+    def _read(self, cell: Cell, out: Path) -> None:
+        evaluated = read_json(cell.task.out / "eval.json")
+        metrics = evaluated["metrics"]["bbox"]
+        errors = evaluated.get("errors", {}).get("bbox", {}).get("dAP", {})
+        spent = _seconds(cell.task)
+        run = {"start": cell.start, "labels": cell.budget, "images": cell.images, "seed": cell.seed}
+        path = str(cell.task.out.relative_to(out))
+        self.runs.append({**run, "path": path, "seconds": spent, **metrics, "errors": errors})
+        if metrics["AP"] is not None:
+            self.scores[cell.start].setdefault(cell.images, {})[cell.seed] = metrics["AP"]
+        for type, gain in errors.items():
+            if gain is not None:
+                by_start = self.errors.setdefault(type, {start: {} for start in self.plan.starts})
+                by_start[cell.start].setdefault(cell.images, {})[cell.seed] = gain
+        if spent is not None:
+            self._spent[cell.start].append(spent)
+
+    def times(self, start: str) -> dict[str, Any]:
+        """Seconds of all pretraining that ``start`` took, its parents' too, and images they were shown; its fine-tuning
+        runs, and seconds of one in the mean."""
+        chain = [self.plan.preparing[name] for name in self.plan.chains[start]]
+        made = [task for task in chain if task.verb == "pretrain" and finished(task)]
+        known = [value for value in map(_seconds, made) if value is not None]
+        spent = self._spent[start]
+        return {
+            "chain": self.plan.chains[start],
+            "pretraining": sum(known) if known else None,
+            "images_seen": sum(map(_images_seen, made)),
+            "finetuning": sum(spent) / len(spent) if spent else None,
+            "runs": len(spent),
+        }
 
 
 def _seconds(task: Task) -> float | None:
-    return read_json(task.out / "run.json").get("summary", {}).get("seconds")
+    """Of training, by its log, which also has what was done before a run was killed and went on."""
+    summary = read_json(task.out / "run.json").get("summary", {}).get("seconds")
+    batch_size = _train(task).get("batch_size")
+    log = task.out / "log.jsonl"
+    if not batch_size or not log.is_file():
+        return summary
+    spent, before = 0.0, 0
+    for line in log.read_text().splitlines():
+        entry = json.loads(line)
+        if entry.get("images_per_s"):
+            spent += (entry["step"] - before) * batch_size / entry["images_per_s"]
+            before = entry["step"]
+    return max(spent, summary or 0.0)
+
+
+def _images_seen(task: Task) -> int:
+    steps = read_json(task.out / "run.json").get("summary", {}).get("steps") or 0
+    return int(steps * (_train(task).get("batch_size") or 0))
+
+
+def _train(task: Task) -> Mapping[str, Any]:
+    return read_json(task.out / "run.json").get("config", {}).get("train", {})
 
 
 def _plain(value: Any) -> Any:
     """JSON has no infinity: "fewer" and "more" than the budgets that were tried (0 and infinity)."""
     if isinstance(value, dict):
-        beyond = {0.0: "fewer", math.inf: "more"}
         labels = ("needed", "low", "high") if "needed" in value else ()
-        return {k: beyond.get(v, v) if k in labels else _plain(v) for k, v in value.items()}
+        return {k: BEYOND.get(v, v) if k in labels else _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

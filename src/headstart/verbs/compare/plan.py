@@ -164,6 +164,30 @@ def make_plan(
     return plan
 
 
+def go_on(plan: Plan, start: str) -> list[str]:
+    """The command that fine-tunes from ``start`` with all labels, as the runs of the grid were."""
+    called = plan.cells[0][-1].task.arguments
+    section = recipes.read(called["recipe"], "finetune")
+    source = plan.sources[start]
+    name = start if start in plan.pretraining else ""
+    base = plan.pretraining[name].detector.model_dump(mode="json") if name else detector_of(source)
+    family = str(called["detector"])
+    kind = finetune_type(family)
+    values = merge({}, {f"detector.{k}": v for k, v in for_family(family, base).items() if k != "num_classes"})
+    values = merge(merge(values, flatten(section, model=kind)), {"detector.name": family})
+    untold = flatten(validate(kind, values, "finetune").model_dump(mode="json"), model=kind)  # type: ignore[attr-defined]
+    options = {key: called[key] for key in ("train", "val", "train_images", "val_images", "detector", "recipe")}
+    options |= {key: called[key] for key in ("epochs", "max_steps", "batch_size")}
+    command = ["headstart", "finetune", source]
+    for key, value in options.items():
+        if value is not None:
+            command += [f"--{key.replace('_', '-')}", str(value)]
+    for key, value in called["settings"].items():
+        if key != "detector.name" and not (key.startswith("detector.") and untold.get(key) == value):
+            command += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return command
+
+
 def _tuning(
     starts: Sequence[Start],
     detector: str | None,

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from headstart import checkpoint
 from headstart.console import notes
 from headstart.errors import HeadstartError, RunError, SettingsError
 from headstart.files import read_json
@@ -26,8 +27,16 @@ from headstart.verbs.finetune import finetune
 from headstart.verbs.pretrain import pretrain
 from headstart.verbs.propose import propose
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 FAILED, STOPPED = 1, 3  # exit codes of a process that ran a task
 LOGS = "logs"
+COMMAND_LOCK, RUNS_LOCK = ".command.lock", ".runs.lock"  # in the comparison's folder
+BEGUN = "-- begun"  # before what each try of a task says in its log
+TAIL = 6  # lines of it that an error repeats
 
 
 def slots(device: str | None, jobs: int | None) -> list[str | None]:
@@ -79,14 +88,56 @@ def run_all(
     if len(places) > 1 and len(left) > 1:
         with _terminated_is_interrupted():
             return _side_by_side(left, done, places, logs, show, after)
-    while left:  # in the order of the list, where what is needed comes first
-        task = left.pop(0)
-        if show:
-            notes.print(f"\n{task.verb} {task.name} ({len(left)} after it)", markup=False)
-        if not work(task, places[0], show):
-            return False
-        after(task)
+    try:
+        while left:  # in the order of the list, where what is needed comes first
+            task = left.pop(0)
+            if show:
+                notes.print(f"\n{task.verb} {task.name} ({len(left)} after it)", markup=False)
+            if not work(task, places[0], show):
+                return False
+            _tidy(task)
+            after(task)
+    except KeyboardInterrupt:  # between the steps of training, which take it themselves
+        notes.print("stopped; the same command goes on")
+        return False
     return True
+
+
+def _tidy(task: Task) -> None:
+    """Nobody goes on from the checkpoints of a fine-tuning run that is done, most of what it leaves on the disk."""
+    if task.verb == "finetune" and finished(task):
+        checkpoint.clear(task.out)
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """``out`` for this command only, and not before runs of one that was killed have ended.
+
+    Raises:
+        RunError: another command works there.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with _locked(out / COMMAND_LOCK, wait=False) as free:
+        if not free:
+            raise RunError(f"{out}: another headstart compare works in it; wait for its end, or choose another --out")
+        with _locked(out / RUNS_LOCK):
+            pass
+        yield
+
+
+@contextlib.contextmanager
+def _locked(file: Path, wait: bool = True, shared: bool = False) -> Iterator[bool]:
+    """Whether the lock was free, or waited for. It ends with its process, however that ends."""
+    with open(file, "a") as handle:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            except OSError:  # a file system without locks: as on a system without
+                pass
+        yield True
 
 
 def _side_by_side(
@@ -121,6 +172,7 @@ def _side_by_side(
                 if ended.exitcode or not finished(task):
                     raise RunError(f"{task.name}: {_last_words(logs / f'{task.name}.txt', ended.exitcode)}")
                 done.add(task.name)
+                _tidy(task)
                 after(task)
                 if show:
                     seconds = time.monotonic() - begun
@@ -133,8 +185,12 @@ def _side_by_side(
     finally:
         for one, _, _ in at_work.values():
             one.terminate()  # a request, as the engine takes it: it stops after the step
-        for one, _, _ in at_work.values():
-            one.join()
+        try:
+            for one, _, _ in at_work.values():
+                one.join()
+        except KeyboardInterrupt:  # again: at once, from the last checkpoint then
+            for one, _, _ in at_work.values():
+                one.kill()
 
 
 def _in_process(task: Task, device: str | None, threads: int, log: Path) -> None:
@@ -146,8 +202,10 @@ def _in_process(task: Task, device: str | None, threads: int, log: Path) -> None
         torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))  # before training, and after
     threading.Thread(target=_stop_with_parent, daemon=True).start()
+    print(f"{BEGUN} {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
     try:
-        complete = work(task, device, False)
+        with _locked(log.parent.parent / RUNS_LOCK, shared=True):
+            complete = work(task, device, False)
     except HeadstartError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(FAILED)
@@ -183,6 +241,12 @@ def _terminated_is_interrupted() -> Iterator[None]:
 
 
 def _last_words(log: Path, code: int | None) -> str:
+    """Of the last try: the error, or where it ended without one, the last lines."""
     said = log.read_text(errors="replace").split("\n") if log.exists() else []
-    last = next((line.strip() for line in reversed(said) if line.strip()), "it said nothing")
-    return f"failed (exit code {code}; all it said is in {log}): {last.removeprefix('error: ')}"
+    begun = max((i for i, line in enumerate(said) if line.startswith(BEGUN)), default=-1)
+    lines = [line.rstrip() for line in said[begun + 1 :] if line.strip()]
+    errors = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    told = lines[errors[-1] :] if errors else lines[-TAIL:]
+    ended = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code and code < 0 else ""
+    text = "\n  ".join(told).removeprefix("error: ") or "it said nothing"
+    return f"{ended or f'failed (exit code {code})'}; all it said is in {log}:\n  {text}"

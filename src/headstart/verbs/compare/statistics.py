@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
 
@@ -29,12 +29,17 @@ LEVEL = 0.05
 MIN_SEEDS = 3  # as in the report: with fewer there is no verdict
 EXACT = 14  # pairs up to which all patterns of signs are tried; beyond, as many random ones
 DRAWS = 2000  # of the bootstrap
+GAIN = 0.01  # AP that pretraining is worth having for: a point
+POWER = 0.8  # chance of showing it, that more seeds are counted for
+MOST_SEEDS = 50  # nobody is told to run more
 FEWER, MORE = 0.0, math.inf  # labels needed: outside of the budgets that were tried
+UNFINISHED = "runs are missing"  # why there is no verdict before all that was planned is there
 RULE = (
     "Every way of starting was fine-tuned on the same labelled images, with the same seeds and schedule, so runs are "
     "compared in pairs. A difference is shown when the mean over label budgets of the paired differences is unlikely "
     "by luck alone: exact sign-flip test, two-sided, at least 3 seeds, corrected by Holm's method for all pairs of "
-    "starts, and for each time --stop-early looked. The chance of any wrong claim among them is at most 5%. Labels "
+    "starts, and for each time --stop-early looked, or seeds were added after a verdict. The chance of any wrong claim "
+    "among them is at most 5%, and that of one on types of error too, which are tested in the same way. Labels "
     "saved are read off the baseline's mean AP, made monotone and interpolated on the logarithm of labels, never "
     "beyond the budgets that were tried; they are shown where a gain is, the two 95% bands do not overlap, and the "
     "bootstrap interval over seeds does not reach down to the labels given. Seeds vary the labelled images, new "
@@ -100,14 +105,33 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What is still possible where no gain is shown.
+
+    ``most``: the mean gain in AP is less, with a chance of 5% at most that this is wrong for any of the starts; None
+    with too few seeds. ``seeds``: about as many would show a gain of ``GAIN``, if there is one, with a chance of
+    ``POWER``; None: more than ``MOST_SEEDS``, or not known.
+    """
+
+    start: str
+    most: float | None
+    seeds: int | None
+
+
+@dataclass(frozen=True)
 class Answer:
-    """All that may be said. ``winner``: the start that is shown to be better than every other."""
+    """All that may be said. ``winner``: the start that is shown to be better than every other.
+
+    ``final``: nothing is missing. Before that there is no verdict: luck would be counted more often than it is told.
+    """
 
     baseline: str
     looks: int
+    final: bool
     bands: tuple[Band, ...]
     contrasts: tuple[Contrast, ...]  # against the baseline first
     saved: tuple[Saved, ...]
+    outlooks: tuple[Outlook, ...]
     winner: str | None
 
     def against_baseline(self) -> list[Contrast]:
@@ -119,10 +143,16 @@ class Answer:
         return all(c.verdict != "not shown" for c in self.against_baseline())
 
 
-def answer(scores: Scores, baseline: str, looks: int = 1) -> Answer:
-    """``looks``: how often, at most, verdicts are looked at before the last seed, and with it."""
+def answer(scores: Scores, baseline: str, looks: int = 1, final: bool = True) -> Answer:
+    """
+    Args:
+        looks: how often verdicts are looked at, at most, as runs are added.
+        final: whether these are all the runs that this look was to have.
+    """
     others = [start for start in scores if start != baseline]
     found = contrasts(scores, baseline, looks)
+    if not final:
+        found = [replace(c, luck=None, verdict="not shown", reason=UNFINISHED) for c in found]
     bands = tuple(
         Band(start, images, len(seeds), *interval(list(seeds.values())))
         for start, budgets in scores.items()
@@ -131,12 +161,41 @@ def answer(scores: Scores, baseline: str, looks: int = 1) -> Answer:
     )
     helps = {c.ours for c in found if c.other == baseline and c.verdict == "better"}
     saved = tuple(s for start in others for s in labels_saved(scores, start, baseline, start in helps))
+    if not final:
+        saved = tuple(replace(s, shown=False, reason=UNFINISHED) for s in saved)
+    open_ = [c for c in found if c.other == baseline and c.verdict == "not shown"] if final else []
+    outlooks = tuple(outlook(scores, c, len(others), len(found), looks) for c in open_)
     beaten = {start: {c.other for c in found if c.ours == start and c.verdict == "better"} for start in scores}
     for c in found:
         if c.verdict == "worse":
             beaten[c.other].add(c.ours)
     winner = next((start for start in scores if others and beaten[start] == scores.keys() - {start}), None)
-    return Answer(baseline, looks, bands, tuple(found), saved, winner)
+    return Answer(baseline, looks, final, bands, tuple(found), saved, outlooks, winner)
+
+
+def outlook(scores: Scores, contrast: Contrast, starts: int, tests: int, looks: int) -> Outlook:
+    """Of one of so many ``starts``, which took ``tests`` against each other and the baseline."""
+    table = list(differences(scores, contrast.ours, contrast.other).values())
+    if min(map(len, table)) < MIN_SEEDS:
+        return Outlook(contrast.ours, None, None)
+    _, _, most = mean_of_means(table, 2 * LEVEL / (starts * looks))
+    return Outlook(contrast.ours, most, seeds_for(table, tests, looks + 1))
+
+
+def seeds_for(groups: Sequence[np.ndarray], tests: int, looks: int) -> int | None:
+    """Seeds that show a mean difference of ``GAIN`` with a chance of ``POWER``, given how these pairs scatter.
+
+    The gain is one that would matter, not the one observed, whose luck would be counted on a second time. As for a
+    t-test, which the sign-flip test nearly is; the scatter is itself an estimate of few pairs, so this is a rough one.
+    """
+    scatter = math.sqrt(sum(float(group.var(ddof=1)) for group in groups)) / len(groups)
+    for seeds in range(MIN_SEEDS, MOST_SEEDS + 1):
+        freedom = len(groups) * (seeds - 1)
+        quantiles = stdtrit(freedom, 1 - LEVEL / (2 * tests * looks)) + stdtrit(freedom, POWER)
+        enough = seeds * len(groups) >= pairs_needed(tests, looks)
+        if enough and quantiles * scatter / math.sqrt(seeds) <= GAIN:
+            return seeds
+    return None
 
 
 def differences(scores: Scores, ours: str, other: str) -> dict[int, np.ndarray]:
@@ -156,7 +215,7 @@ def contrasts(scores: Scores, baseline: str, looks: int = 1) -> list[Contrast]:
     couples = [(start, baseline) for start in others] + [(b, a) for a, b in combinations(others, 2)]
     tables = {couple: differences(scores, *couple) for couple in couples}
     tables = {couple: table for couple, table in tables.items() if table}
-    lucks = {couple: _luck(table) for couple, table in tables.items()}
+    lucks = {couple: chance(table) for couple, table in tables.items()}
     tested = [couple for couple, luck in lucks.items() if luck is not None]
     corrected = dict(zip(tested, holm([lucks[c] or 0.0 for c in tested]), strict=True))
     found = []
@@ -173,7 +232,7 @@ def contrasts(scores: Scores, baseline: str, looks: int = 1) -> list[Contrast]:
     return found
 
 
-def _luck(table: Mapping[int, np.ndarray]) -> float | None:
+def chance(table: Mapping[int, np.ndarray]) -> float | None:
     """Chance of so large a mean over budgets by luck alone; None where a budget has too few seeds to say."""
     if min(map(len, table.values())) < MIN_SEEDS:
         return None
@@ -232,8 +291,8 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float | None,
     return mean_of_means([np.asarray(values, np.float64)])
 
 
-def mean_of_means(groups: Sequence[np.ndarray]) -> tuple[float, float | None, float | None]:
-    """The mean over groups of their means, and Student's 95% interval of it (Welch and Satterthwaite's)."""
+def mean_of_means(groups: Sequence[np.ndarray], level: float = LEVEL) -> tuple[float, float | None, float | None]:
+    """The mean over groups of their means, and Student's interval of it (Welch and Satterthwaite's), 95% or other."""
     mean = float(np.mean([group.mean() for group in groups]))
     if min(map(len, groups)) < 2:
         return mean, None, None
@@ -241,7 +300,7 @@ def mean_of_means(groups: Sequence[np.ndarray]) -> tuple[float, float | None, fl
     if not parts.any():
         return mean, mean, mean
     freedom = parts.sum() ** 2 / (parts**2 / [len(group) - 1 for group in groups]).sum()
-    half = float(stdtrit(freedom, 1 - LEVEL / 2) * np.sqrt(parts.sum()) / len(groups))
+    half = float(stdtrit(freedom, 1 - level / 2) * np.sqrt(parts.sum()) / len(groups))
     return mean, mean - half, mean + half
 
 

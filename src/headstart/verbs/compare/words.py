@@ -7,13 +7,21 @@ from typing import Any
 
 from rich.table import Table
 
-from headstart.console import short_time
-from headstart.verbs.compare.statistics import FEWER, MIN_SEEDS, MORE, Answer, Contrast, Saved
+from headstart.tide import MAIN, MEANING
+from headstart.verbs.compare.errors import Change
+from headstart.verbs.compare.statistics import GAIN, MIN_SEEDS, POWER, Answer, Contrast, Outlook, Saved
+from headstart.verbs.report.comparison import BEYOND, labels_text, time_text
 from headstart.verbs.report.words import percent, plural, signed
 
 
-def sentences(answer: Answer) -> list[str]:
-    """The verdict on each way of starting, the labels it saves, and which is best: each only where it is shown."""
+def sentences(answer: Answer, changes: Sequence[Change] = (), done: int = 0, planned: int = 0) -> list[str]:
+    """The verdict on each way of starting, the labels it saves, which is best, and what changes in the errors: each
+    only where it is shown, and nothing before ``done`` are all the ``planned`` runs."""
+    if not answer.final:
+        return [
+            f"No verdict yet: {done} of {plural(planned, 'fine-tuning run')} are evaluated. One that is read on the "
+            "way would be right less often than it says. The same command goes on."
+        ]
     if not answer.contrasts:
         return ["Nothing can be said yet: no two ways of starting were evaluated with the same labels and seeds."]
     said = []
@@ -26,7 +34,83 @@ def sentences(answer: Answer) -> list[str]:
             if answer.winner is not None
             else "Which way of starting is best is not shown: none is shown to be better than all others."
         )
+    return said + _errors(changes)
+
+
+def _errors(changes: Sequence[Change]) -> list[str]:
+    said = []
+    for start in dict.fromkeys(change.start for change in changes):
+        shown = [change for change in changes if change.start == start and change.shown]
+        parts = [
+            f"{c.type} ({MEANING[c.type]}) {percent(c.before)} -> {percent(c.after)}{_range(c.low, c.high)}"
+            for c in sorted(shown, key=lambda c: -abs(c.difference))
+        ]
+        if parts:
+            said.append(f"Points of AP50 lost to types of error, before and with {start}: {'; '.join(parts)}.")
+        elif any(change.luck is not None for change in changes):
+            said.append(f"That {start} changes any one type of error is not shown.")
     return said
+
+
+def advice(answer: Answer, pretraining: Mapping[str, float | None]) -> tuple[str, str | None]:
+    """What to do now, and the start to go on from; nothing inside the noise is advised as if it were shown.
+
+    Args:
+        pretraining: seconds that each start took to make; None where it was there.
+    """
+    against = answer.against_baseline()
+    if not answer.final:
+        return "", None
+    if not against or all(c.luck is None for c in against):
+        return f"What to do: run it with at least {MIN_SEEDS} seeds (--seeds); fewer allow no verdict.", None
+    helping = [c.ours for c in against if c.verdict == "better"]
+    if helping:
+        best = answer.winner or min(helping, key=lambda start: pretraining.get(start) or 0.0)
+        if answer.winner is None and len(helping) > 1:
+            why = f"{_and(helping)} are shown to help, not which of them is better; {best} takes the least pretraining"
+        else:
+            why = "it is shown to be best" if answer.winner is not None and len(against) > 1 else "it is shown to help"
+        return f"What to do: go on from {best}: {why}.", best
+    possible = [o for o in answer.outlooks if o.most is None or o.most >= GAIN]
+    if not possible:
+        none = f"no other is worth {100 * GAIN:.0f} point of AP, as far as 95% certainty goes"
+        return f"What to do: go on from {answer.baseline}, and save what the others cost: {none}.", answer.baseline
+    return f"What to do: nothing here is shown to beat {answer.baseline}. {' '.join(map(_outlook, possible))}", None
+
+
+def _outlook(outlook: Outlook) -> str:
+    if outlook.most is None:
+        return f"Of {outlook.start} there are too few seeds."
+    said = f"{outlook.start} may still be worth up to {signed(outlook.most)} points; to show a gain of "
+    said += f"{100 * GAIN:.0f} point, if there is one, takes "
+    if outlook.seeds is None:
+        return said + "more seeds than are worth it, with the scatter seen here."
+    odds = f"{POWER:.0%} of the time, a rough estimate"
+    return f"{said}about {outlook.seeds} seeds (--seeds {outlook.seeds}; {odds}), which is then a second look."
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def costs(times: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What pretraining cost beside fine-tuning, and all of it together."""
+    runs = sum(time["runs"] for time in times.values())
+    spent = sum(time["runs"] * (time["finetuning"] or 0.0) for time in times.values())
+    if not runs or not spent:
+        return []
+    one = spent / runs
+    said = [
+        f"Pretraining {start} took {time_text(time['pretraining'])}, as long as {time['pretraining'] / one:.1f} "
+        f"fine-tuning runs, and showed it {time['images_seen']:,} images."
+        for start, time in times.items()
+        if time["pretraining"]
+    ]
+    return [
+        *said,
+        f"{plural(runs, 'fine-tuning run')} took {time_text(spent)}, {time_text(one)} each in the mean. Evaluation and "
+        "the search for boxes are not counted.",
+    ]
 
 
 def _verdict(c: Contrast) -> str:
@@ -73,13 +157,7 @@ def _labels(answer: Answer, contrast: Contrast) -> list[str]:
 
 def labels(count: float | None, smallest: int, largest: int) -> str:
     """A number of labelled images that was read off a curve, which ends."""
-    if count is None:
-        return "–"
-    if count == MORE:
-        return f"more than {largest:,}"
-    if count == FEWER:
-        return f"fewer than {smallest:,}"
-    return f"{count:,.0f}"
+    return labels_text(BEYOND.get(count, count) if count is not None else None, smallest, largest)
 
 
 def saved_text(saved: Saved, smallest: int, largest: int) -> str:
@@ -89,8 +167,8 @@ def saved_text(saved: Saved, smallest: int, largest: int) -> str:
     return f"{labels(saved.needed, smallest, largest)} ({low} to {high})"
 
 
-def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]]) -> list[Table]:
-    """AP by start and budget with its band, verdict and times; then the labels the baseline needs."""
+def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]], changes: Sequence[Change] = ()) -> list[Table]:
+    """AP by start and budget with its band, verdict and times; the labels the baseline needs; the types of error."""
     budgets = sorted({band.images for band in answer.bands})
     table = Table(title="AP, % (± to the end of the 95% band)", title_justify="left", box=None, pad_edge=False)
     table.add_column("start")
@@ -106,7 +184,7 @@ def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]]) -> list[Table
             band = bands.get((start, images))
             half = "" if band is None or band.high is None else f" ± {percent(band.high - band.mean)}"
             cells.append("–" if band is None else f"{percent(band.mean)}{half}")
-        spent = [_time(time["pretraining"]), _time(time["finetuning"])]
+        spent = [time_text(time["pretraining"]), time_text(time["finetuning"])]
         table.add_row(f"[cyan]{start}[/cyan]", *cells, verdicts.get(start, ""), *spent)
     found = [table]
     if answer.saved:
@@ -118,11 +196,29 @@ def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]]) -> list[Table
             text = saved_text(one, budgets[0], budgets[-1])
             saved.add_row(f"[cyan]{one.start}[/cyan]", f"{one.images:,}", percent(one.ap), text)
         found.append(saved)
+    if changes:
+        found.append(_error_table(answer, changes))
     return found
 
 
-def _time(seconds: float | None) -> str:
-    return "–" if seconds is None else short_time(seconds)
+def _error_table(answer: Answer, changes: Sequence[Change]) -> Table:
+    title = "Points of AP50 lost to each type of error, mean over label budgets (* a change that is shown)"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("start")
+    types = [type for type in MAIN if any(change.type == type for change in changes)]
+    for type in types:
+        table.add_column(type, justify="right")
+    starts = dict.fromkeys(change.start for change in changes)
+    by_type = {(change.start, change.type): change for change in changes}
+    first = {type: next(change for change in changes if change.type == type) for type in types}
+    table.add_row(f"[cyan]{answer.baseline}[/cyan]", *(percent(first[type].before) for type in types))
+    for start in starts:
+        cells = []
+        for type in types:
+            change = by_type.get((start, type))
+            cells.append("–" if change is None else f"{percent(change.after)}{'*' if change.shown else ''}")
+        table.add_row(f"[cyan]{start}[/cyan]", *cells)
+    return table
 
 
 def warning(starts: Sequence[str], budgets: int, seeds: int, needed: int) -> str | None:

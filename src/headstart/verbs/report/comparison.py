@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 from headstart.console import short_time
 from headstart.errors import DataError, RunError
 from headstart.files import read_json
+from headstart.tide import MAIN, MEANING
 from headstart.verbs.report import figures, words
-from headstart.verbs.report.figures import BandLine, Look
+from headstart.verbs.report.figures import BandLine, Look, Series
 from headstart.verbs.report.parts import Key, Looks, Shown
 from headstart.verbs.report.runs import Run
 
 FILE = "compare.json"
+BEYOND = {0.0: "fewer", math.inf: "more"}  # labels needed outside of the budgets: JSON has no infinity
 PICTURES = ("compare.png", "compare.svg")
 
 
@@ -35,6 +38,12 @@ class Answered:
     contrasts: list[dict[str, str]]
     saved: list[dict[str, str]]
     times: list[dict[str, str]]
+    costs: list[str]
+    advice: str
+    command: str
+    errors: Shown | None
+    error_rows: list[dict[str, Any]]
+    others: list[str]  # the starts that are no baseline
 
 
 def run_folders(paths: Sequence[Path | str]) -> tuple[list[Path], list[tuple[Path, dict[str, Any]]]]:
@@ -94,10 +103,64 @@ def answered(path: Path, content: Mapping[str, Any], runs: Sequence[Run], looks:
         contrasts=[_contrast(c) for c in answer["contrasts"]],
         saved=[_saved(s, smallest, largest) for s in answer["saved"]],
         times=[
-            {"start": start, "pretraining": _time(time["pretraining"]), "finetuning": _time(time["finetuning"])}
+            {"start": start, "pretraining": time_text(time["pretraining"]), "finetuning": time_text(time["finetuning"])}
             for start, time in content["starts"].items()
         ],
+        costs=content.get("costs", []),
+        advice=content.get("advice", ""),
+        command=content.get("command", ""),
+        errors=_errors(content, own, f"{name}-errors"),
+        error_rows=_error_rows(content),
+        others=[start for start in content["starts"] if start != answer["baseline"]],
     )
+
+
+def _errors(content: Mapping[str, Any], looks: Mapping[str, Look], name: str) -> Shown | None:
+    """Bars of error types, of all budgets and seeds together; nothing where no run says them."""
+    series = []
+    for start, look in looks.items():
+        gains = [run["errors"] for run in content["runs"] if run["start"] == start and run.get("errors")]
+        if gains:
+            values: dict[float, list[float]] = {
+                k: [one[t] for one in gains if one.get(t) is not None] for k, t in enumerate(MAIN)
+            }
+            series.append(Series(start, look, values))
+    if not series:
+        return None
+    described = "; ".join(
+        f"{one.label}: " + ", ".join(f"{MAIN[int(k)]} {100 * np.mean(v):.1f}" for k, v in one.values.items() if v)
+        for one in series
+    )
+    alt = f"Points of AP50 that types of error cost. {described}"
+    return Shown(
+        figures.error_bars(series, [f"{t}: {MEANING[t]}" for t in MAIN], name, alt),
+        "AP50 that each type of error costs, in points: mean over label budgets and seeds; lines: from the lowest run "
+        "to the highest.",
+    )
+
+
+def _error_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a type of error: with the baseline, then of each other start what it is with that, and the difference."""
+    rows = []
+    for type in MAIN:
+        mine = {change["start"]: change for change in content.get("errors", []) if change["type"] == type}
+        if not mine:
+            continue
+        cells = [
+            {
+                "after": words.percent(c["after"]),
+                "difference": words.signed(c["difference"]),
+                "range": "" if c["low"] is None else f"{words.signed(c['low'])} to {words.signed(c['high'])}",
+                "shown": c["shown"],
+            }
+            if (c := mine.get(start))
+            else None
+            for start in content["starts"]
+            if start != content["answer"]["baseline"]
+        ]
+        before = words.percent(next(iter(mine.values()))["before"])
+        rows.append({"type": type, "meaning": MEANING[type], "before": before, "cells": cells})
+    return rows
 
 
 def draw(folder: Path) -> None:
@@ -151,10 +214,7 @@ def _contrast(c: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _saved(s: Mapping[str, Any], smallest: int, largest: int) -> dict[str, str]:
-    def text(count: float | str | None) -> str:
-        beyond = {"more": f"more than {largest:,}", "fewer": f"fewer than {smallest:,}", None: "–"}
-        return beyond[count] if isinstance(count, str) or count is None else f"{count:,.0f}"
-
+    text = lambda count: labels_text(count, smallest, largest)
     return {
         "start": s["start"],
         "images": f"{s['images']:,}",
@@ -164,5 +224,11 @@ def _saved(s: Mapping[str, Any], smallest: int, largest: int) -> dict[str, str]:
     }
 
 
-def _time(seconds: float | None) -> str:
+def labels_text(count: float | str | None, smallest: int, largest: int) -> str:
+    """Labelled images that a curve says are needed, or that it ends before ("more") or after ("fewer")."""
+    beyond = {"more": f"more than {largest:,}", "fewer": f"fewer than {smallest:,}", None: "–"}
+    return beyond[count] if isinstance(count, str) or count is None else f"{count:,.0f}"
+
+
+def time_text(seconds: float | None) -> str:
     return "–" if seconds is None else short_time(seconds)
