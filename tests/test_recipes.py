@@ -19,7 +19,7 @@ from headstart.errors import SettingsError
 from headstart.methods import METHODS
 from headstart.optim import OptimSettings, learning_rate, settle_optim
 from headstart.settings import merge, parse_assignments, validate
-from headstart.verbs import finetune, pretrain
+from headstart.verbs import finetune, linear, pretrain
 
 COCO = 117_266  # images of train2017 that have labels
 
@@ -33,6 +33,10 @@ def pretrain_config(name: str):
 def finetune_config(name: str):
     section = recipes.read(name, "finetune")
     return validate(finetune.config_type(section["detector"]["name"]), section, name)
+
+
+def linear_config(name: str):
+    return validate(linear.LinearSettings, recipes.read(name, "linear"), name)
 
 
 def rates(config, images: int, at: list[int]) -> list[float]:
@@ -89,14 +93,18 @@ def test_every_command_is_understood(name):
         if verb == "finetune":
             assert options["start"] in made
             finetune_config(options["recipe"])
+        elif verb == "linear":
+            assert options["start"] in made
+            linear_config(options["recipe"])
         else:
             assert verb == recipes.method_of(options["recipe"])
             assert options["start"] is None or not options["start"].startswith("runs/") or options["start"] in made
             made.add(str(options["out"]))
-    assert [verb for verb, _ in commands].count("finetune") >= 1
+    tuning = ("finetune", "linear")
+    assert any(verb in tuning for verb, _ in commands)
     assert name in {options["recipe"] for _, options in commands}
     # What is fine-tuned was pretrained with this recipe's settings, or with the same ones under another name.
-    last = [options["recipe"] for verb, options in commands if verb != "finetune"][-1]
+    last = [options["recipe"] for verb, options in commands if verb not in tuning][-1]
     ours, theirs = (recipes.read(each, "pretrain") for each in (name, last))
     assert ours["method"] == theirs["method"]
     assert ours["train"] == theirs["train"]
@@ -151,6 +159,25 @@ def test_soco_voc_and_c4():
     assert (config.detector.name, config.detector.neck, config.optim.weight_decay) == ("faster_rcnn", "c4", 1e-4)
     at = [17_999, 18_000, 21_999, 22_000]
     assert rates(config, 16_551, at) == pytest.approx([0.02, 0.002, 0.002, 0.0002])
+
+
+def test_soco_linear_evaluation():
+    config = linear_config("soco_table11_linear")
+    assert (config.train.epochs, config.train.batch_size, config.optim.momentum) == (100, 256, 0.9)
+    assert (config.optim.optimizer, config.optim.weight_decay) == ("sgd", 0)
+    images = 1_281_167
+    per_epoch = images / 256
+    at = [0, round(60 * per_epoch) - 1, round(60 * per_epoch), round(80 * per_epoch) - 1, round(80 * per_epoch)]
+    assert rates(config, images, at) == pytest.approx([30, 30, 3, 3, 0.3])
+    assert (config.augment.view_px, config.test.resize_px, config.test.square) == (224, 256, True)
+    assert recipes.read("soco_table11_linear", "pretrain") == recipes.read("soco_table1_100ep", "pretrain")
+    # What no recipe says is as the paper's but for the shape of tested images.
+    plain = linear.LinearSettings()
+    linear.settle(plain, images)
+    settled = linear_config("soco_table11_linear")
+    linear.settle(settled, images)
+    assert plain.optim.lr == settled.optim.lr == 30
+    assert (plain.train.max_steps, plain.optim.drops) == (settled.train.max_steps, settled.optim.drops)
 
 
 def test_a_recipe_may_fine_tune_another_detector():

@@ -24,18 +24,31 @@ _VERBS = {
     "pretrain": "headstart.verbs.pretrain",
     "finetune": "headstart.verbs.finetune",
     "evaluate": "headstart.verbs.evaluate",
+    "linear": "headstart.verbs.linear",
     "compare": "headstart.verbs.compare",
     "report": "headstart.verbs.report",
     "export": "headstart.verbs.export",
 }
 
-__all__ = ["__version__", "compare", "evaluate", "export", "finetune", "pretrain", "preview", "propose", "report"]
+__all__ = [
+    "__version__",
+    "compare",
+    "evaluate",
+    "export",
+    "finetune",
+    "linear",
+    "pretrain",
+    "preview",
+    "propose",
+    "report",
+]
 
 if TYPE_CHECKING:
     from headstart.verbs.compare import compare
     from headstart.verbs.evaluate import evaluate
     from headstart.verbs.export import export
     from headstart.verbs.finetune import finetune
+    from headstart.verbs.linear import linear
     from headstart.verbs.pretrain import pretrain
     from headstart.verbs.preview import preview
     from headstart.verbs.propose import propose

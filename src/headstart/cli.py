@@ -164,6 +164,13 @@ class _Finetune(_WithSettings):
         return config_type(detector), f"{self.name} with {detector} (--detector)"
 
 
+class _Linear(_WithSettings):
+    def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
+        from headstart.verbs.linear import LinearSettings
+
+        return LinearSettings, str(self.name)
+
+
 class _Compare(_WithSettings):
     def settings_type(self, arguments: Sequence[str]) -> tuple[Any, str]:
         from headstart.verbs.finetune import config_type
@@ -458,6 +465,66 @@ def finetune(
         backbone=backbone,
         train_images=train_images,
         val_images=val_images,
+        recipe=recipe,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+        settings=settings or [],
+        resume=resume,
+    )
+    if not done.summary.finished:
+        raise typer.Exit(STOPPED)
+    if done.evaluation is not None:
+        for table in done.evaluation.tables():
+            results.print(table)
+
+
+@app.command(cls=_Linear)
+def linear(
+    start: Annotated[
+        str,
+        typer.Argument(
+            help="Whose backbone: a run folder, a weights file (.safetensors, .pth), a transformers folder, 'imagenet' "
+            "(the library's own supervised weights), or 'scratch'.",
+            metavar="START",
+        ),
+    ],
+    train: Annotated[
+        Path,
+        typer.Option(
+            "--train", help="Folder with a folder of images for each class, such as ImageNet's train.", metavar="DIR"
+        ),
+    ],
+    val: Annotated[
+        Path,
+        typer.Option("--val", help="The same to evaluate on, or ImageNet's val as it is published.", metavar="DIR"),
+    ],
+    out: Out = None,
+    backbone: Backbone = None,
+    recipe: Recipe = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    seed: Seed = None,
+    device: Device = None,
+    settings: Set = None,
+    resume: Resume = False,
+) -> None:
+    """How good are a backbone's features? Train a linear classifier of whole images on it, and say how often it is
+    right.
+
+    The backbone stays as it is. As in SoCo's appendix B: --recipe soco_table11_linear
+    """
+    from headstart.verbs.linear import linear as run
+
+    done = run(
+        start,
+        train,
+        val,
+        out=out,
+        backbone=backbone,
         recipe=recipe,
         epochs=epochs,
         max_steps=max_steps,

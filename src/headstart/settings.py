@@ -126,7 +126,8 @@ def validate(model: type[S], values: Mapping[str, Any], source: str = "settings"
                 lines.append(f"{place}: no such setting. Known: {known}")
             elif problem["type"] == "value_error" and isinstance(problem["input"], Mapping):
                 # Settings that do not go together: the message has them, and the input is all there are.
-                lines.append(f"{place}: {problem['msg'].removeprefix('Value error, ')}")
+                said = problem["msg"].removeprefix("Value error, ")
+                lines.append(f"{place}: {said}" if place else said)
             else:
                 lines.append(f"{place}: {problem['msg']} (got {problem['input']!r})")
         raise SettingsError(f"{source}: " + "; ".join(lines)) from None

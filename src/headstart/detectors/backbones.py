@@ -221,6 +221,23 @@ def place(body: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
     return placed, words
 
 
+def own_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Key of a detector's weights -> the name that the backbone itself has for it, for what belongs to its backbone.
+
+    That of a C4 detector ends with its head, the backbone's last stage.
+    """
+    body, c4, block = (
+        "backbone.body.",
+        "backbone.",
+        re.compile(r"roi_heads\.box_head\.0\.(\d+\.(?:conv|bn|downsample).*)"),
+    )
+    found = {key: key.removeprefix(body) for key in state if key.startswith(body)}
+    if found:
+        return found
+    found = {key: key.removeprefix(c4) for key in state if key.startswith(c4)}
+    return found | {key: f"layer4.{match[1]}" for key in state if (match := block.fullmatch(key))}
+
+
 def one_of(body: nn.Module) -> nn.Module:
     """The first plain backbone in ``body``."""
     return body.get_submodule(next(_copies(body)).rstrip("."))

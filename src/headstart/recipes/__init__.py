@@ -1,9 +1,10 @@
 """Recipes: a method with all numbers of one experiment, one small YAML file each.
 
-A recipe has up to three sections: ``detector`` (for both verbs), ``pretrain`` and ``finetune``; each holds settings
-as ``--set`` takes them, nested, and ``pretrain.method.name`` the method. ``extends: OTHER`` takes over what another
-recipe says; values beside it win. A mapping with a ``name`` (a detector, a method) replaces one of another name whole:
-the settings of a Mask R-CNN mean nothing to the RetinaNet that is fine-tuned from it.
+A recipe has up to four sections: ``detector`` (for pretraining and fine-tuning), ``pretrain``, ``finetune`` and
+``linear``; each holds settings as ``--set`` takes them, nested, and ``pretrain.method.name`` the method.
+``extends: OTHER`` takes over what another recipe says; values beside it win. A mapping with a ``name`` (a detector, a
+method) replaces one of another name whole: the settings of a Mask R-CNN mean nothing to the RetinaNet that is
+fine-tuned from it.
 
 Its first lines are comments, one line each::
 
@@ -28,7 +29,8 @@ from headstart.errors import SettingsError
 from headstart.settings import read_yaml
 
 FOLDER = Path(__file__).parent
-VERBS = ("pretrain", "finetune")
+WITH_DETECTOR = ("pretrain", "finetune")
+VERBS = (*WITH_DETECTOR, "linear")
 SECTIONS = ("detector", *VERBS)
 
 
@@ -63,7 +65,7 @@ def names() -> list[str]:
 
 
 def read(recipe: str | Path | None, verb: str) -> dict[str, Any]:
-    """Settings of ``verb`` ("pretrain" or "finetune") in a recipe, given by name or as a file; {} without one.
+    """Settings of ``verb`` (one of ``VERBS``) in a recipe, given by name or as a file; {} without one.
 
     Raises:
         SettingsError: no such recipe, it has other sections than these or none for ``verb``, or it extends itself.
@@ -158,7 +160,8 @@ def _resolve(path: Path, children: tuple[Path, ...]) -> dict[str, dict[str, Any]
             raise SettingsError(f"{path}: extends: expected the name or file of one recipe, found {parent!r}")
         extended = _resolve(_find(parent, path.parent, f"{path}: extends"), (*children, path.resolve()))
     common = {"detector": content["detector"]} if content.get("detector") else {}
-    return {verb: _over(extended[verb], _over(common, content.get(verb) or {})) for verb in VERBS}
+    own = {verb: _over(common if verb in WITH_DETECTOR else {}, content.get(verb) or {}) for verb in VERBS}
+    return {verb: _over(extended[verb], own[verb]) for verb in VERBS}
 
 
 def _over(base: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any]:

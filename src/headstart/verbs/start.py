@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from headstart import detectors
 from headstart.detectors import backbones
 from headstart.detectors.checkpoints import BackboneState, to_backbone
 from headstart.detectors.detector import Detector
-from headstart.detectors.formats import transformers_folders
+from headstart.detectors.formats import originals, transformers_folders
 from headstart.detectors.weights import LoadReport, load_state, read_metadata, read_state
-from headstart.errors import RunError, SettingsError
+from headstart.errors import RunError, SettingsError, WeightsError
 from headstart.runs import DETECTOR_FILE, RECORD, read_detector_record
 
 SCRATCH = "scratch"
@@ -72,14 +72,7 @@ def load_start(detector: Detector, start: Path | str) -> LoadReport:
             raise SettingsError(f"{IMAGENET}: the backbone's name is not known; load its weights into the object")
         weights = BackboneState("plain", "", backbones.pretrained(detector.settings.backbone))
         return _of_backbone(detector, {}, weights, start)
-    file = weights_of(start)
-    words: list[str] = []
-    if is_foreign(Path(start)):
-        state, words = transformers_folders.read_weights(Path(start))
-    elif file.is_file():
-        state = read_state(file)
-    else:
-        raise RunError(f"{start}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
+    file, state, words = _read(start)
     adapted, moved = detector.adapt(state)
     own = detector.part_state(["backbone"])
     if own.keys() & adapted.keys():
@@ -90,6 +83,56 @@ def load_start(detector: Detector, start: Path | str) -> LoadReport:
     known = detector.module.state_dict()
     others = {key: value for key, value in adapted.items() if key in known}
     return _of_backbone(detector, others, backbone, file)
+
+
+def load_backbone(body: nn.Module, name: str, start: Path | str) -> LoadReport:
+    """The weights of the backbone that ``start`` has into ``body``, a backbone alone; all else of it is left out.
+
+    Args:
+        body: of :func:`headstart.detectors.backbones.body`.
+        name: of the backbone.
+        start: as of :func:`load_start`.
+
+    Raises:
+        RunError: a run that has not finished.
+        WeightsError: a part of ``body`` would stay random, reading would execute code, or the library's weights
+            can't be had.
+    """
+    words: list[str] = []
+    if str(start) == IMAGENET:
+        source, found = IMAGENET, BackboneState("plain", "", backbones.pretrained(name))
+    else:
+        file, state, words = _read(start)
+        source = str(file)
+        state, renamed = originals.adapt(state)
+        words = words + renamed
+        own = backbones.own_names(state)
+        if set(own.values()) & body.state_dict().keys():
+            others = {"other parts of the detector": [key for key in state if key not in own]}
+            found = BackboneState("detector", "", {name: state[key] for key, name in own.items()}, others)
+        else:
+            found = to_backbone(state, source, backbones.one_of(body).state_dict())
+    placed, moved = backbones.place(body, found.state)
+    report = load_state(body, placed, f"{source} ({found.layout})")
+    _say_of_backbone(report, found, words + moved)
+    random = [key for key in report.missing if not key.endswith("num_batches_tracked") and ".links." not in f".{key}"]
+    random += [key for key, _, _ in report.reshaped]
+    if random:
+        raise WeightsError(
+            f"{source}: has no weights that fit for {len(random)} keys of {name} ({', '.join(random[:3])}, ...), which "
+            "would stay random. Is it of another --backbone?"
+        )
+    return report
+
+
+def _read(start: Path | str) -> tuple[Path, dict[str, Tensor], list[str]]:
+    """The file of a run, of a transformers folder or itself, the weights, and in words what was renamed."""
+    file = weights_of(start)
+    if is_foreign(Path(start)):
+        return file, *transformers_folders.read_weights(Path(start))
+    if not file.is_file():
+        raise RunError(f"{start}: has no {DETECTOR_FILE}, so it did not finish; continue it with --resume")
+    return file, read_state(file), []
 
 
 def is_foreign(path: Path) -> bool:
@@ -108,13 +151,20 @@ def weights_of(start: Path | str) -> Path:
 def _of_backbone(detector: Detector, others: dict[str, Tensor], backbone: BackboneState, source: Any) -> LoadReport:
     placed, moved = detector.from_backbone(backbone.state)
     report = load_state(detector.module, {**others, **placed}, f"{source} ({backbone.layout})")
+    _say_of_backbone(report, backbone, moved, others)
+    return report
+
+
+def _say_of_backbone(
+    report: LoadReport, backbone: BackboneState, moved: list[str], others: Container[str] = ()
+) -> None:
+    """What became of the rest of the file; ``others`` were used after all."""
     report.moved = moved + [f"{key}: {a} resized to {b}" for key, a, b in backbone.resized]
     for reason, keys in backbone.dropped.items():
         left = [key for key in keys if key not in others]
         if left:
             report.unexpected += left
             report.moved.append(f"not used, {reason}: {len(left)} keys")
-    return report
 
 
 def start_record(start: Any) -> dict[str, Any]:

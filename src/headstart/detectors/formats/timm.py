@@ -9,11 +9,12 @@ from typing import Any
 import timm
 from torch import Tensor
 
+from headstart.detectors.backbones import own_names
 from headstart.detectors.formats.renaming import Translated, is_resnet, refuse_composite, timm_name
 from headstart.errors import SettingsError, WeightsError
 
 NAME = "timm"
-BODY, C4, C4_BLOCK = "backbone.body.", "backbone.", "roi_heads.box_head.0."
+BODY = "backbone.body."
 
 
 def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
@@ -27,18 +28,9 @@ def from_torchvision(state: Mapping[str, Tensor], backbone: str) -> Translated:
     """
     refuse_composite(state, NAME)
     full = full_names(backbone)
-    inner: dict[str, Tensor] = {}
-    others = []
-    c4 = not any(key.startswith(BODY) for key in state)
-    for key, value in state.items():
-        if key.startswith(BODY):
-            inner[key.removeprefix(BODY)] = value
-        elif c4 and key.startswith(C4):
-            inner[key.removeprefix(C4)] = value
-        elif c4 and (match := re.fullmatch(re.escape(C4_BLOCK) + r"(\d+\.(?:conv|bn|downsample).*)", key)):
-            inner[f"layer4.{match[1]}"] = value
-        else:
-            others.append(key)
+    own = own_names(state)
+    inner = {name: state[key] for key, name in own.items()}
+    others = [key for key in state if key not in own]
     strange = [key for key in inner if key not in full]
     if strange:
         raise SettingsError(f"--to {NAME}: timm's {backbone} has no {', '.join(strange[:3])}")
