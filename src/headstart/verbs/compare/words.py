@@ -42,7 +42,7 @@ def _errors(changes: Sequence[Change]) -> list[str]:
     for start in dict.fromkeys(change.start for change in changes):
         shown = [change for change in changes if change.start == start and change.shown]
         parts = [
-            f"{c.type} ({MEANING[c.type]}) {percent(c.before)} -> {percent(c.after)}{_range(c.low, c.high)}"
+            f"{c.type} ({MEANING[c.type]}) {percent(c.before)} → {percent(c.after)}{_range(c.low, c.high)}"
             for c in sorted(shown, key=lambda c: -abs(c.difference))
         ]
         if parts:
@@ -102,7 +102,9 @@ def costs(times: Mapping[str, Mapping[str, Any]]) -> list[str]:
     one = spent / runs
     said = [
         f"Pretraining {start} took {time_text(time['pretraining'])}, as long as {time['pretraining'] / one:.1f} "
-        f"fine-tuning runs, and showed it {time['images_seen']:,} images."
+        "fine-tuning runs"
+        + (f", and showed it {plural(time['images_seen'], 'image')}" if time["images_seen"] else "")
+        + "."
         for start, time in times.items()
         if time["pretraining"]
     ]
