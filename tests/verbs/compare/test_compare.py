@@ -320,6 +320,62 @@ def test_stopping_early(tmp_path: Path, arguments: dict, monkeypatch, gain, seed
     assert json.loads((tmp_path / "out/compare.json").read_text())["answer"]["looks"] == 4
 
 
+def test_seeds_that_are_added_after_a_verdict_are_another_look(tmp_path: Path, arguments: dict, monkeypatch):
+    """And a comparison that fails half-way has none, nor one that another start was added to."""
+    fail_at: list[int] = []
+
+    def trained(tasks, places, logs, show, after):
+        for number, task in enumerate(task for task in tasks if not pool.finished(task)):
+            if fail_at and number == fail_at[0]:
+                raise RunError(f"{task.name}: broken")
+            task.out.mkdir(parents=True, exist_ok=True)
+            (task.out / "run.json").write_text(
+                '{"status": "finished", "summary": {"seconds": 1, "steps": 9}, "config": {"train": {"batch_size": 4}}}'
+            )
+            steps = [{"step": 4, "images_per_s": 2}, {"step": 9, "images_per_s": 4}]  # 8 s, killed, and 5 s
+            (task.out / "log.jsonl").write_text("\n".join(map(json.dumps, steps)))
+            (task.out / "detector.safetensors").touch()
+            ap = 0.2 + 0.05 * ("soco" in task.name) + 0.001 * (task.arguments.get("seed", 0) % 7)
+            errors = {"bbox": {"dAP": {"Miss": 0.5 - ap, "Dupe": None}}}
+            (task.out / "eval.json").write_text(json.dumps({"metrics": {"bbox": {"AP": ap}}, "errors": errors}))
+        return True
+
+    monkeypatch.setattr("headstart.verbs.compare.run_all", trained)
+    monkeypatch.setattr("headstart.verbs.compare.report", lambda *_: None)
+    monkeypatch.setattr("headstart.verbs.compare.rehearse", lambda *_: None)
+    out = tmp_path / "out"
+    call = lambda **more: headstart.compare(**{**arguments, **more}, out=out, show=False)
+    content = lambda: json.loads((out / "compare.json").read_text())
+    fail_at.append(5)
+    with pytest.raises(RunError, match="broken"):
+        call(seeds=3)
+    assert content()["status"] == "stopped"
+    assert content()["sentences"][0].startswith("No verdict yet: ")
+    assert content()["looked"] == []
+    fail_at.clear()
+    for _ in range(2):  # the same once more is no other look
+        first = call(seeds=3)
+        assert (first.answer.looks, len(content()["looked"])) == (1, 1)
+        assert first.answer.contrasts[0].luck == pytest.approx(2 / 2**6)
+    second = call(seeds=4)
+    assert (second.answer.looks, len(content()["looked"])) == (2, 2)
+    assert second.answer.contrasts[0].luck == pytest.approx(2 * 2 / 2**8)
+    assert call(seeds=3).answer.looks == 1
+
+    assert second.times["soco"] | {"chain": []} == {
+        "chain": [],
+        "pretraining": 13.0,
+        "images_seen": 36,
+        "finetuning": 13.0,
+        "runs": 8,
+    }
+    assert "Pretraining soco took 13s, as long as 1.0 fine-tuning runs, and showed it 36 images." in second.sentences
+    assert [c.type for c in second.changes] == ["Miss"]
+    assert second.command.startswith(f"headstart finetune {out}/runs/soco --train ")
+    assert "--max-steps 2" in second.command
+    assert "detector.backbone" not in second.command  # the run knows it
+
+
 def test_a_killed_comparison_goes_on_and_answers(tmp_path: Path, arguments: dict):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "headstart", "compare", "--out", str(out)]

@@ -9,20 +9,25 @@ import numpy as np
 import pytest
 
 from headstart.verbs.compare import words
+from headstart.verbs.compare.errors import changes
 from headstart.verbs.compare.statistics import (
     FEWER,
+    GAIN,
     LEVEL,
     MORE,
     answer,
     contrasts,
+    differences,
     holm,
     interval,
     labels_needed,
     labels_saved,
     mean_of_means,
     monotone,
+    outlook,
     pairs_needed,
     redrawn,
+    seeds_for,
     sign_flip,
 )
 
@@ -158,6 +163,105 @@ def test_unfinished_cells_are_left_out_in_pairs():
     assert contrast.pairs == 14
     assert [gap.seeds for gap in contrast.gaps] == [3, 3, 4, 4]
     assert answer({"scratch": {}, "soco": {}}, "scratch").contrasts == ()
+
+
+def test_there_is_no_verdict_while_runs_are_missing():
+    scores = table(np.random.default_rng(15), 5, worth={"soco": 9.0})
+    assert answer(scores, "scratch").winner == "soco"
+    a = answer(scores, "scratch", final=False)
+    assert {(c.verdict, c.luck, c.reason) for c in a.contrasts} == {("not shown", None, "runs are missing")}
+    assert a.winner is None
+    assert a.outlooks == ()
+    assert not any(s.shown for s in a.saved)
+    (said,) = words.sentences(a, done=30, planned=60)
+    assert said.startswith("No verdict yet: 30 of 60 fine-tuning runs are evaluated.")
+    assert words.advice(a, {}) == ("", None)
+
+
+# ---- what is still possible, and errors ----------------------------------------------------------------------------
+
+
+def raised(scores, start, gain):
+    scores[start] = {i: {seed: ap + gain for seed, ap in cells.items()} for i, cells in scores[start].items()}
+    return scores
+
+
+@pytest.mark.parametrize(("seeds", "budgets"), [(3, BUDGETS), (6, [10])])
+def test_a_gain_is_seldom_ruled_out_that_is_there(seeds, budgets):
+    rng = np.random.default_rng(16)
+    wrong = 0
+    for _ in range(400):
+        scores = raised(raised(table(rng, seeds, budgets), "soco", GAIN), "adept", GAIN)
+        against = [c for c in contrasts(scores, "scratch") if c.other == "scratch"]
+        wrong += any(outlook(scores, c, 2, 3, 1).most < GAIN for c in against)
+    assert 0 < wrong / 400 <= LEVEL + 2 * math.sqrt(LEVEL / 400)
+
+
+def test_as_many_seeds_as_are_told_show_a_gain_that_matters():
+    rng = np.random.default_rng(17)
+    draw = lambda seeds: table(rng, seeds, starts=STARTS[:2])
+    pairs = lambda scores: list(differences(scores, "soco", "scratch").values())
+    told = [seeds_for(pairs(draw(3)), tests=1, looks=2) for _ in range(100)]
+    seeds = int(np.median([count or 99 for count in told]))
+    shown = [contrasts(raised(draw(seeds), "soco", GAIN), "scratch", 2)[0].verdict == "better" for _ in range(150)]
+    assert 0.65 < np.mean(shown) < 0.95
+    assert seeds_for([10 * one for one in pairs(draw(3))], tests=1, looks=2) is None
+
+
+def lost(rng, seeds, missed):
+    """Types of error of two starts; ``missed`` is what soco changes in the objects that are not found."""
+    gains = {}
+    for type in ("Cls", "Loc", "Both", "Dupe", "Bkg", "Miss"):
+        scores = table(rng, seeds, starts=STARTS[:2], slope=0.0)
+        gains[type] = raised(scores, "soco", missed) if type == "Miss" else scores
+    return gains
+
+
+def test_no_type_of_error_changes_by_luck():
+    rng = np.random.default_rng(18)
+    wrong = [any(c.shown for c in changes(lost(rng, 3, 0.0), "scratch")) for _ in range(200)]
+    assert np.mean(wrong) <= LEVEL + 2 * math.sqrt(LEVEL / 200)
+
+
+def test_a_type_of_error_that_becomes_rarer_is_shown_before_and_after():
+    gains = lost(np.random.default_rng(19), 4, -0.08)
+    found = {c.type: c for c in changes(gains, "scratch")}
+    miss = found["Miss"]
+    assert miss.shown
+    assert miss.low < miss.difference < miss.high < 0
+    before = np.mean([np.mean(list(cells.values())) for cells in gains["Miss"]["scratch"].values()])
+    assert (miss.before, miss.after) == pytest.approx((before, before + miss.difference))
+    a = answer(table(np.random.default_rng(20), 4, starts=STARTS[:2]), "scratch")
+    said = words.sentences(a, list(found.values()))[-1]
+    assert "before and with soco: Miss (an object that nothing comes near) " in said
+    assert f"{100 * miss.before:.1f} → {100 * miss.after:.1f} (95% interval −" in said
+    assert not any(c.shown for c in changes(gains, "scratch", final=False))
+    assert (
+        "soco changes any one type of error is not shown"
+        in words.sentences(a, changes(lost(np.random.default_rng(21), 3, 0.0), "scratch"))[-1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("worth", "gain", "sd", "start", "said"),
+    [
+        ({"soco": 2.0}, 0.0, 0.012, "soco", "go on from soco: it is shown to be best"),
+        ({"soco": 2.0, "adept": 2.0}, 0.0, 0.012, "adept", "soco and adept are shown to help, not which of them is"),
+        ({}, -0.03, 0.003, "scratch", "go on from scratch, and save what the others cost"),
+        ({}, 0.0, 0.03, None, "nothing here is shown to beat scratch. soco may still be worth up to +"),
+    ],
+)
+def test_what_to_do_is_what_was_shown(worth, gain, sd, start, said):
+    rng = np.random.default_rng(22)
+    scores = raised(raised(table(rng, 4, worth=worth, sd=sd), "soco", gain), "adept", gain)
+    text, chosen = words.advice(answer(scores, "scratch"), {"scratch": None, "soco": 60.0, "adept": 30.0})
+    assert said in text
+    assert chosen == start
+
+
+def test_too_few_seeds_are_told_to_be_more():
+    text, start = words.advice(answer(table(np.random.default_rng(23), 2), "scratch"), {})
+    assert (text, start) == ("What to do: run it with at least 3 seeds (--seeds); fewer allow no verdict.", None)
 
 
 # ---- bands and labels saved ----------------------------------------------------------------------------------------
