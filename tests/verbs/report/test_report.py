@@ -3,58 +3,18 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from reading import Page
 from run_folders import CLASSES, make_finetuning, make_ground_truth, make_pretraining, make_study
 
 from headstart.errors import RunError
 from headstart.verbs.report import figures, pictures, report
-
-CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
-
-
-class Page(HTMLParser):
-    """The parts of a page the tests ask for; fails on tags that are not closed in order."""
-
-    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.text.append(data)
-
-    def words(self) -> str:
-        return re.sub(r"\s+", " ", "".join(self.text))
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def test_the_table_holds_the_numbers_of_the_runs(study: list[Path], study_page: Path) -> None:
@@ -166,12 +126,13 @@ def test_detections_stand_beside_the_ground_truth(study: list[Path], study_page:
     labels = [svg["aria-label"] or "" for svg in page.all("svg") if svg.get("data-title")]
     truths = [label for label in labels if "ground truth" in label]
     assert len(truths) == 6
-    assert sum("SoCo, 300 steps" in label for label in labels) == 6
+    assert sum("SoCo, 300 steps" in label and "centres" not in label for label in labels) == 6
     first = json.loads((study[0].parent / "tuned-10-seed0" / "detections.json").read_text())
     name = truths[0].split(":")[0]
     image_id = int(name.removeprefix("photo ").removesuffix(".jpg")) + 1
     kept = [d for d in first if d["image_id"] == image_id and d["score"] >= 0.5]
-    assert f"{name}: SoCo, 300 steps, {len(kept)} detection{'' if len(kept) == 1 else 's'}" in labels
+    start = f"{name}: SoCo, 300 steps, {len(kept)} detection{'' if len(kept) == 1 else 's'}: "
+    assert sum(label.startswith(start) for label in labels) == 1
 
 
 def test_a_picture_without_sure_detections_shows_the_best(study: list[Path], tmp_path: Path) -> None:
@@ -197,7 +158,7 @@ def test_only_a_pretraining_run(tmp_path: Path) -> None:
     assert f"headstart finetune '{run}' --train" in page.words()
     assert "Spread of the embeddings" in page.words()
     counts = [svg["aria-label"] or "" for svg in page.all("svg") if "Histogram" in (svg.get("aria-label") or "")]
-    assert len(counts) == 2
+    assert len(counts) == 3
 
 
 def test_histograms_count_what_the_file_holds(tmp_path: Path) -> None:
@@ -212,6 +173,21 @@ def test_histograms_count_what_the_file_holds(tmp_path: Path) -> None:
     labels = {svg.get("aria-label") for svg in Page(report(run, tmp_path / "r.html")).all("svg")}
     assert f"Histogram of boxes an image; median {np.median(counts):.3g}." in labels
     assert f"Histogram of relative box size; median {np.median(sizes):.3g}." in labels
+    ratios = np.clip(sides[:, 0] / sides[:, 1], 1 / 4, 4)
+    assert f"Histogram of width by height; median {np.median(ratios):.3g}." in labels
+
+
+def test_proposals_are_asked_for_only_where_they_were_used(tmp_path: Path) -> None:
+    make_ground_truth(tmp_path / "data", 4)
+    run = make_pretraining(tmp_path / "run", tmp_path / "data" / "images", proposals=False)
+    (run / "log.jsonl").unlink()
+    record = json.loads((run / "run.json").read_text())
+    for proposals, said in ((None, ""), ("on-the-fly", "made while training"), ("gone.parquet", "file is not there")):
+        record["data"]["proposals"] = proposals
+        (run / "run.json").write_text(json.dumps(record))
+        text = Page(report(run, tmp_path / "r.html")).words()
+        assert ("headstart propose" in text) == bool(said)
+        assert said in text
 
 
 def test_missing_parts_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
@@ -374,47 +350,3 @@ def test_photos_are_spread_evenly() -> None:
     assert pictures.evenly_spaced(3, 12) == [0, 1, 2]
     assert pictures.evenly_spaced(100, 4) == [12, 37, 62, 87]
     assert pictures.evenly_spaced(10, 0) == []
-
-
-# -- in a browser -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-def test_it_opens_in_a_browser_without_errors(study_page: Path, tmp_path: Path) -> None:
-    probe = """<script>
-      addEventListener("load", () => {
-        const shot = document.querySelector(".shot svg");
-        shot.focus(); shot.dispatchEvent(new Event("click"));
-        const charts = [...document.querySelectorAll("svg.figure")];
-        const seen = charts.filter((chart) => chart.getBBox().width > 50).length;
-        const wide = document.documentElement.scrollWidth <= innerWidth;
-        const loaded = performance.getEntriesByType("resource").filter((e) => !e.name.startsWith("data:"));
-        document.title = `figures ${seen} enlarged ${document.querySelector(".lightbox").open} fits ${wide}`
-          + ` requests ${loaded.length}`;
-      });
-    </script></body>"""
-    copy = tmp_path / "page.html"
-    copy.write_text(study_page.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    assert CHROMIUM is not None
-    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-    switches += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    switches += [
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=500,900",
-    ]
-    done = subprocess.run(
-        [CHROMIUM, *switches, "--dump-dom", copy.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=True,
-        env={**os.environ, "HOME": str(tmp_path)},
-    )
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    figure_count = study_page.read_text(encoding="utf-8").count('<svg class="figure"')
-    assert title.group(1) == f"figures {figure_count} enlarged true fits true requests 0"
-    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert console == []

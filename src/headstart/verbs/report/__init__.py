@@ -10,7 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from headstart.errors import RunError
 from headstart.files import write_text
-from headstart.verbs.report import comparison, curves, page, samples
+from headstart.verbs.report import comparison, curves, page, priors, samples
 from headstart.verbs.report.parts import Looks, Pictures
 from headstart.verbs.report.runs import read_runs
 from headstart.verbs.report.statistics import RULE
@@ -74,6 +74,7 @@ def report(
         curve_keys=loss_keys,
         proposals=boxes,
         proposal_notes=box_notes,
+        priors=priors.priors(records, photos, images),
         settings=page.settings(records),
         environments=page.environments(records),
         photos=list(photos.by_path.values()),

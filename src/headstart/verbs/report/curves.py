@@ -81,7 +81,7 @@ def _pretraining(run: Run, name: str) -> Pretraining:
     shares = [entry.get("watch", {}).get("level_share") for entry in run.log]
     width = max((len(share) for share in shares if share), default=0)
     usable = [i for i, share in enumerate(shares) if share and len(share) == width]
-    if width > 1 and usable:
+    if width > 1 and len(usable) > 1:
         matrix = np.array([shares[i] for i in usable], np.float64)
         labels = [f"P{2 + level}" for level in range(width)]
         described = ", ".join(f"{label} {100 * s:.0f} %" for label, s in zip(labels, matrix[-1], strict=True))

@@ -368,8 +368,17 @@ def level_shares(steps: np.ndarray, shares: np.ndarray, labels: Sequence[str], n
 
 
 def histogram(
-    values: np.ndarray, bins: np.ndarray, name: str, alt: str, *, title: str, xlabel: str, ylabel: str
+    values: np.ndarray,
+    bins: np.ndarray,
+    name: str,
+    alt: str,
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
+    ratios: bool = False,
 ) -> str:
+    """``ratios``: a logarithmic axis around 1."""
     with _figure() as (figure, axes):
         axes.hist(values, bins=bins, color=SERIES[1], alpha=0.8, edgecolor=PAPER, linewidth=0.8)
         axes.axvline(float(np.median(values)), color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
@@ -377,6 +386,10 @@ def histogram(
             float(np.median(values)), 1.0, f" median {np.median(values):.3g}", va="top", fontsize=8.5,
             transform=axes.get_xaxis_transform(),
         )  # fmt: skip
+        if ratios:
+            axes.set_xscale("log")
+            axes.set_xticks([1 / 4, 1 / 2, 1, 2, 4], ["1:4", "1:2", "1:1", "2:1", "4:1"])
+            axes.minorticks_off()
         axes.margins(y=0.14)
         axes.set_title(title)
         axes.set_xlabel(xlabel)

@@ -14,6 +14,9 @@ import numpy as np
 from headstart.coco_eval import SUITES
 from headstart.console import short_time
 from headstart.verbs.report import figures, statistics, words
+from headstart.verbs.report.centres import Section as CentresSection
+from headstart.verbs.report.centres import centres
+from headstart.verbs.report.detections import read_kept
 from headstart.verbs.report.errors import ErrorTypes, error_types
 from headstart.verbs.report.figures import Look, Series
 from headstart.verbs.report.gallery import Gallery, gallery
@@ -81,6 +84,7 @@ class Results:
     errors: list[ErrorTypes]
     class_tables: list[ClassTable]
     gallery: Gallery
+    centres: CentresSection
 
 
 @dataclass
@@ -149,6 +153,7 @@ def _results(
             )
         )
     evaluation = pairs[0][1]
+    kept = read_kept(groups, looks)
     return Results(
         data=evaluation.data,
         images=evaluation.images,
@@ -163,7 +168,8 @@ def _results(
         legend=looks.keys(group.key.start for group in groups),
         errors=error_types(groups, looks, name),
         class_tables=_class_tables(groups, looks),
-        gallery=gallery(groups, looks, photos, images, threshold),
+        gallery=gallery(kept, photos, images, threshold),
+        centres=centres(kept, looks, photos, images),
     )
 
 

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from headstart.datasets.shards import Member
 THUMBNAIL_PX = 256
 JPEG_QUALITY = 80
 TEXT_PX = 10.0  # of labels, in units; report.css draws them at this size
+FLAG_PX = 9.0  # side of the filled corner of a false detection, in units
 CLASS_COLORS = ("#56b4e9", "#e69f00", "#2fd3a2", "#f0e442", "#ff7f50", "#f2a7d6", "#7b9cff", "#ffffff")
 CLASS_DASHES = ("", "6 3", "2 2", "8 2 2 2")
 LABELS_UP_TO = 10  # boxes; in a fuller picture labels would hide the objects, they come back when it is enlarged
@@ -37,6 +39,23 @@ class Thumbnail:
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is said of a box besides its class: what a filter goes by, and what is seen without colours.
+
+    Attributes:
+        label: class, 1..C.
+        kinds: what the box is, a word, or several with blanks between.
+        code: stands after its label; all that does in a crowded picture.
+        form: "flagged" has a corner filled, "dotted" is a row of dots.
+    """
+
+    label: int
+    kinds: str
+    code: str = ""
+    form: Literal["plain", "flagged", "dotted"] = "plain"
+
+
+@dataclass(frozen=True)
 class Mark:
     """A box in the units of its thumbnail, as the template draws it."""
 
@@ -49,6 +68,16 @@ class Mark:
     label: str
     text_x: float
     text_y: float
+    told: Told | None = None
+
+    @property
+    def outline(self) -> str:
+        return f"M{self.x:g} {self.y:g}h{self.width:g}v{self.height:g}h-{self.width:g}z"
+
+    @property
+    def flag(self) -> str:
+        side = min(FLAG_PX, self.width, self.height)
+        return f"M{self.x:g} {self.y:g}h{side:g}l-{side:g} {side:g}z"
 
 
 @dataclass(frozen=True)
@@ -58,6 +87,7 @@ class Picture:
     caption: str
     alt: str
     crowded: bool
+    dots: str = ""  # the path of points drawn on it
 
 
 def thumbnail(path: Path | Member, key: str, width: int) -> Thumbnail:
@@ -84,12 +114,17 @@ def class_style(label: int) -> tuple[str, str]:
 
 
 def marks(
-    thumb: Thumbnail, boxes: np.ndarray, styles: Sequence[tuple[str, str]], labels: Sequence[str]
+    thumb: Thumbnail,
+    boxes: np.ndarray,
+    styles: Sequence[tuple[str, str]],
+    labels: Sequence[str],
+    told: Sequence[Told] | None = None,
 ) -> tuple[Mark, ...]:
     """``boxes`` (n, 4) xyxy in pixels of the original."""
     drawn: list[Mark] = []
-    for (x1, y1, x2, y2), (color, dashes), label in zip(boxes * thumb.scale, styles, labels, strict=True):
-        text_x, text_y = _label_place((x1, y1, x2, y2), label, thumb, drawn)
+    said: Sequence[Told | None] = told or [None] * len(boxes)
+    for (x1, y1, x2, y2), (color, dashes), label, of in zip(boxes * thumb.scale, styles, labels, said, strict=True):
+        text_x, text_y = _label_place((x1, y1, x2, y2), _text(label, of), thumb, drawn)
         drawn.append(
             Mark(
                 x=round(float(x1), 1),
@@ -101,6 +136,7 @@ def marks(
                 label=label,
                 text_x=round(text_x, 1),
                 text_y=round(text_y, 1),
+                told=of,
             )
         )
     return tuple(drawn)
@@ -118,14 +154,18 @@ def _label_place(
         for x in (x1, x2 - _text_width(label))
         if TEXT_PX <= y <= thumb.height - 2
     ]
-    free = [c for c in candidates if not any(m.label and _touch(c, label, m) for m in placed)]
+    free = [c for c in candidates if not any(_text(m.label, m.told) and _touch(c, label, m) for m in placed)]
     return (free or candidates or [(min(max(x1, 1.0), longest), TEXT_PX)])[0]
 
 
 def _touch(place: tuple[float, float], label: str, other: Mark) -> bool:
     (x, y), width = place, _text_width(label)
-    beside = x + width < other.text_x or other.text_x + _text_width(other.label) < x
+    beside = x + width < other.text_x or other.text_x + _text_width(_text(other.label, other.told)) < x
     return not beside and abs(y - other.text_y) < TEXT_PX
+
+
+def _text(label: str, told: Told | None) -> str:
+    return f"{label} {told.code}".strip() if told else label
 
 
 def _text_width(label: str) -> float:
@@ -138,3 +178,9 @@ def evenly_spaced(total: int, count: int) -> list[int]:
     if total <= count:
         return list(range(total))
     return sorted({int((i + 0.5) * total / count) for i in range(count)})
+
+
+def dots(thumb: Thumbnail, centres: np.ndarray) -> str:
+    """The path of points (n, 2) in pixels of the original, for a round pen."""
+    inside = np.clip(centres * thumb.scale, 0, (thumb.width, thumb.height))
+    return "".join(f"M{x:.4g} {y:.4g}h0" for x, y in inside)

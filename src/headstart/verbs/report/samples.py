@@ -1,4 +1,4 @@
-"""Proposals on sample photos, and the two histograms of SoCo's Figure 3."""
+"""Proposals on sample photos, and histograms of them: the two of SoCo's Figure 3, and of their form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from headstart.verbs.report.parts import Note, Pictures, Shown
 from headstart.verbs.report.runs import Run
 
 MAX_BOXES_DRAWN = 12  # an image
-MAX_IMAGES_COUNTED = 20_000  # for the histograms
+IMAGES_COUNTED = 20_000  # for the histograms
+RATIO_END = 4  # of the histogram of forms
 
 
 @dataclass
@@ -34,15 +35,17 @@ def proposals(runs: Sequence[Run], photos: Pictures, images: int) -> tuple[list[
     sections: dict[Path, Proposals] = {}
     notes = []
     for run in runs:
-        if run.kind != "pretrain":
+        if run.kind != "pretrain" or not uses_proposals(run):
             continue
         file = _proposals_file(run)
         folder = str(run.data.get("images") or "PHOTOS/")
         if file is None:
+            made = run.data.get("proposals") == "on-the-fly"
+            lacking = "its boxes were made while training and not kept" if made else "its proposals file is not there"
             out = shlex.quote(str(run.path / "proposals.parquet"))
             notes.append(
                 Note(
-                    f"{run.name}: its proposals file is not there.",
+                    f"{run.name}: {lacking}.",
                     f"headstart propose {shlex.quote(folder)} --out {out}",
                 )
             )
@@ -55,6 +58,11 @@ def proposals(runs: Sequence[Run], photos: Pictures, images: int) -> tuple[list[
     return list(sections.values()), notes
 
 
+def uses_proposals(run: Run) -> bool:
+    """Not where the method makes boxes of its own, or needs none; runs that did not record it may have."""
+    return run.data.get("proposals", "") is not None
+
+
 def _proposals_file(run: Run) -> Path | None:
     named = run.config.get("data.proposals") or run.config.get("proposals") or run.data.get("proposals")
     candidates = [run.path / "proposals.parquet"]
@@ -65,9 +73,10 @@ def _proposals_file(run: Run) -> Path | None:
 
 def _proposals(file: Path, folder: Path, photos: Pictures, images: int, name: str) -> Proposals:
     store = ProposalStore.open(file)
-    counted = pictures.evenly_spaced(len(store), MAX_IMAGES_COUNTED)
+    counted = pictures.evenly_spaced(len(store), IMAGES_COUNTED)
     counts = np.array([len(store.boxes(i)) for i in counted])
-    sizes = np.concatenate([_relative_size(store.boxes(i), *store.size(i)) for i in counted])
+    sizes = np.concatenate([relative_size(store.boxes(i), *store.size(i)) for i in counted])
+    ratios = np.concatenate([aspect_ratio(store.boxes(i)) for i in counted])
     facts = f"{words.plural(len(store), 'image')}, {counts.mean():.1f} boxes an image on average"
     if store.failures:
         facts += f", {words.plural(len(store.failures), 'image')} left out as unusable"
@@ -86,7 +95,7 @@ def _proposals(file: Path, folder: Path, photos: Pictures, images: int, name: st
             section.notes.append(Note(f"Left out of the samples: {error}"))
             continue
         drawn = boxes
-        caption = words.plural(len(boxes), "box").replace("boxs", "boxes")
+        caption = words.plural(len(boxes), "box")
         if len(boxes) > MAX_BOXES_DRAWN:
             drawn = boxes[np.sort(rng.choice(len(boxes), MAX_BOXES_DRAWN, replace=False))]
             caption = f"{MAX_BOXES_DRAWN} of {len(boxes)} boxes"
@@ -120,10 +129,25 @@ def _proposals(file: Path, folder: Path, photos: Pictures, images: int, name: st
             ),
             "As in Figure 3 of the SoCo paper." + note,
         ),
+        Shown(
+            figures.histogram(
+                ratios, np.geomspace(1 / RATIO_END, RATIO_END, 33), f"{name}-ratios",
+                f"Histogram of width by height; median {np.median(ratios):.3g}.",
+                title="Form of boxes", xlabel="width / height", ylabel="boxes", ratios=True,
+            ),
+            f"Wide boxes are on the right. The outermost bars hold everything beyond {RATIO_END} to 1." + note,
+        ),
     ]  # fmt: skip
     return section
 
 
-def _relative_size(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+def aspect_ratio(boxes: np.ndarray) -> np.ndarray:
+    """Width by height, (n,), within what the histogram shows."""
+    width, height = np.maximum(boxes[:, 2:] - boxes[:, :2], 1e-3).T
+    return np.clip(width / height, 1 / RATIO_END, RATIO_END)
+
+
+def relative_size(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Square root of the area by that of the image, (n,)."""
     sides = np.clip(boxes[:, 2:] - boxes[:, :2], 0, None)
     return np.sqrt(sides.prod(axis=1) / (width * height))

@@ -26,7 +26,8 @@ def range_text(values: Spread) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    ending = "es" if noun.endswith("x") else "s"
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def budget_title(key: GroupKey, labelled_images: int | None) -> str:
