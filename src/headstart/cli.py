@@ -688,6 +688,8 @@ def compare(
         results.print(table)
     for sentence in done.sentences:
         results.print(f"\n{sentence}", markup=False)
+    if done.command:
+        results.print(f"  {done.command}", markup=False, soft_wrap=True)
     notes.print(f"Written: {done.path}", markup=False)
     if not done.finished:
         raise typer.Exit(STOPPED)
