@@ -770,7 +770,7 @@ protocol = typer.Typer(
     rich_markup_mode="rich",
     context_settings=CONTEXT,
     help="The data sets and splits that papers measure on: COCO, Mini-COCO, VOC, Mini-VOC, few-shot VOC, LVIS, FSOD, "
-    "SODA10M.",
+    "SODA10M; and ImageNet's linear evaluation.",
 )
 app.add_typer(protocol, name="protocol")
 
@@ -858,6 +858,8 @@ def split_protocol(
 ) -> None:
     """Write a protocol's exact images, and boxes, to train.json and val.json, which --train and --val take.
 
+    Of imagenet_linear nothing is drawn and nothing written; the commands are printed all the same.
+
     The same seed gives the same on any machine and in any version.
     """
     from headstart.protocols import split
@@ -867,7 +869,7 @@ def split_protocol(
     for column in ("file", "images", "boxes", "sha256 of the ids"):
         table.add_column(column, overflow="fold", justify="right" if column in ("images", "boxes") else "left")
     for part in (done.train_part, done.val_part):
-        table.add_row(str(part.path), str(part.images), str(part.boxes), part.sha256)
+        table.add_row(str(part.path), str(part.images), "–" if part.boxes is None else str(part.boxes), part.sha256)
     results.print(table)
     for note in done.protocol.notes:
         notes.print(f"  {note}", soft_wrap=True, markup=False)
@@ -882,13 +884,16 @@ def score_protocol(
         list[Path], typer.Argument(help="eval.json of runs, for example one a seed.", metavar="EVAL...")
     ],
 ) -> None:
-    """AP50 of the novel classes of voc_split1 to 3, of the others, and of all; with several seeds their mean too."""
+    """AP50 of the novel classes of voc_split1 to 3, of the others, and of all; accuracies of imagenet_linear.
+
+    With several seeds their mean too.
+    """
     from headstart.protocols import score
 
     rows = score(name, evaluations)
-    table = Table(title=f"{name}, AP50 in %", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{name}, {rows[0].title} in %", title_justify="left", box=None, pad_edge=False)
     table.add_column("evaluation", overflow="fold")
-    for column in ("metric", "novel", "base", "all"):
+    for column in ("metric", *rows[0].values()):
         table.add_column(column, justify="right")
 
     def percent(values: Sequence[float | None]) -> str:
@@ -899,10 +904,10 @@ def score_protocol(
         return f"{sum(defined) / len(defined):.1f}{spread}"
 
     for row in rows:
-        groups = (percent([value]) for value in (row.novel, row.base, row.all))
+        groups = (percent([value]) for value in row.values().values())
         table.add_row(escape(str(row.path)), row.metric, *groups)
     if len(rows) > 1:
-        groups = (percent(values) for values in zip(*((row.novel, row.base, row.all) for row in rows), strict=True))
+        groups = (percent(values) for values in zip(*(row.values().values() for row in rows), strict=True))
         table.add_row("mean ± standard deviation", "", *groups)
     results.print(table)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 from headstart.datasets.voc import CLASSES
 
@@ -132,6 +133,45 @@ def fsod(root: Path, count: int = 60) -> Path:
             images.append({"id": k, "file_name": name, "width": WIDTH, "height": HEIGHT})
         coco_json(root / "annotations" / f"fsod_{split}.json", images, [f"thing {k}" for k in range(8)], part + 1)
     return root
+
+
+# WordNet id, number in the development kit and words. The kit's numbers are not in the order of the ids.
+SYNSETS = (
+    ("n01440764", 449, "tench, Tinca tinca"),
+    ("n01443537", 450, "goldfish, Carassius auratus"),
+    ("n01484850", 442, "great white shark, white shark, man-eater, man-eating shark, Carcharodon carcharias"),
+)
+TRUTH = (442, 449, 450, 449, 442, 450, 450)  # of the validation images, in order
+
+
+def imagenet(root: Path, train: int = 4, flat: bool = True) -> Path:
+    """ILSVRC 2012: training images in a folder a class, validation images as their archive has them, or in folders."""
+    for wnid, _, _ in SYNSETS:
+        for k in range(train):
+            photo(root / "train" / wnid / f"{wnid}_{10 + 16 * k}.JPEG")
+    wnids = {number: wnid for wnid, number, _ in SYNSETS}
+    for k, number in enumerate(TRUTH, 1):
+        name = f"ILSVRC2012_val_{k:08d}.JPEG"
+        photo(root / "val" / name if flat else root / "val" / wnids[number] / name)
+    if flat:
+        devkit(root / "ILSVRC2012_devkit_t12")
+    return root
+
+
+def devkit(folder: Path) -> Path:
+    """``meta.mat`` with classes and what is above them, a column of structs; and the classes' numbers, a line each."""
+    fields = ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children", "children", "wordnet_height")
+    rows = [(n, wnid, words, "a fish", 0, np.zeros((1, 0), np.uint16), 0, 1300) for wnid, n, words in SYNSETS]
+    above = np.array([[449, 450, 442]], np.uint16)
+    rows.append((1001, "n02512053", "fish", "an animal", 3, above, 3, 0))
+    synsets = np.empty((len(rows), 1), [(name, object) for name in (*fields, "num_train_images")])
+    for place, row in enumerate(rows):
+        synsets[place, 0] = row
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    savemat(folder / "data" / "meta.mat", {"synsets": synsets}, do_compression=True)
+    truth = "".join(f"{number}\n" for number in TRUTH)
+    (folder / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text(truth)
+    return folder
 
 
 def voc(root: Path, train: int = 40, test: int = 6) -> Path:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ SETS: dict[str, Callable[[Path], Path]] = {
     "VOCdevkit": layouts.voc,
     "fsod": layouts.fsod,
     "SSLAD-2D": layouts.soda10m,
+    "ILSVRC2012": layouts.imagenet,
 }
 
 
@@ -51,10 +53,10 @@ def test_specs_are_whole(protocol: protocols.Protocol) -> None:
     assert PROTOCOLS[protocol.name] is protocol
     assert protocol.recipes
     for recipe in protocol.recipes:
-        assert recipes.read(recipe, "finetune")
+        assert recipes.read(recipe, protocol.verb)
     assert bool(protocol.data.val) == (protocol.keep is None)
     assert set(protocol.novel) <= set(CLASSES)
-    assert protocol.metrics.keys() <= set(get_args(Metric))
+    assert protocol.metrics.keys() <= {*get_args(Metric), *(["accuracy"] if protocol.verb == "linear" else [])}
     assert protocol.name in protocol.text()
 
 
@@ -150,6 +152,15 @@ def test_numbers_of_the_official_release_are_ok(archive: Path, monkeypatch: pyte
             "VOC2007/Annotations/",
             "1 of 20 annotation files are",
         ),
+        (
+            "imagenet_linear",
+            "ILSVRC2012",
+            "train",
+            "train/",
+            "no such folder; expected 1281167 images, 1000 classes, a",
+        ),
+        ("imagenet_linear", "ILSVRC2012", "ILSVRC2012_devkit_t12", "val/", "can't be used: "),
+        ("imagenet_linear", "ILSVRC2012", "ILSVRC2012_devkit_t12/data/meta.mat", "val/", "can't be used: "),
         (
             "minivoc_5",
             "VOCdevkit",
@@ -360,6 +371,40 @@ def test_shots_are_trained_on_and_scored(archive: Path, tmp_path: Path, tiny: di
     groups = protocols.score("voc_split1", [tuned.path / "eval.json"])[0]
     assert groups.metric == "voc07"
     assert groups.all is not None
+
+
+def test_imagenet_is_trained_on_as_it_is(archive: Path, tmp_path: Path) -> None:
+    """Nothing is drawn or written; the command that is printed runs, and its evaluation is scored."""
+    done = protocols.split("imagenet_linear", archive, tmp_path / "out")
+    assert (done.train, done.val) == (archive / "ILSVRC2012" / "train", archive / "ILSVRC2012" / "val")
+    assert (done.train_part.images, done.val_part.images, done.train_part.boxes) == (12, 7, None)
+    assert not (tmp_path / "out").exists()
+    layouts.imagenet(tmp_path / "ILSVRC2012", flat=False)
+    assert protocols.split("imagenet_linear", tmp_path).val_part.sha256 == done.val_part.sha256
+    train, score = done.commands()
+    assert train.startswith("headstart linear START --recipe soco_table11_linear --train ")
+    assert score == "headstart protocol score imagenet_linear RUN/eval.json"
+    small = {"backbone.name": "resnet18", "view_px": 32, "resize_px": 32, "workers": 0, "batch_size": 4, "max_steps": 1}
+    sets = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    words = [*shlex.split(train)[1:], "--out", str(tmp_path / "run"), *sets]
+    ran = CliRunner().invoke(app, ["scratch" if word == "START" else word for word in words])
+    assert ran.exit_code == 0, ran.output
+    scored = protocols.score("imagenet_linear", [tmp_path / "run" / "eval.json"])[0]
+    assert scored.top1 == json.loads((tmp_path / "run" / "eval.json").read_text())["metrics"]["accuracy"]["top1"]
+    printed = (
+        CliRunner().invoke(app, ["protocol", "score", "imagenet_linear", str(tmp_path / "run" / "eval.json")]).output
+    )
+    assert "imagenet_linear, accuracy in %" in printed
+    assert f"{100 * scored.top1:.1f}" in printed
+    (tmp_path / "other.json").write_text('{"metric": "coco", "metrics": {"bbox": {}}}')
+    with pytest.raises(
+        DataError, match=r"other\.json: has no top-1 and top-5 accuracy; expected what headstart linear"
+    ):
+        protocols.score("imagenet_linear", [tmp_path / "other.json"])
+    with pytest.raises(SettingsError, match=r"imagenet_linear: has no use for --ids"):
+        protocols.split("imagenet_linear", archive, ids="x.txt")
+    printed = CliRunner().invoke(app, ["protocol", "split", "imagenet_linear", "--root", str(archive)]).output
+    assert "headstart linear START" in printed
 
 
 def test_command_line(archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

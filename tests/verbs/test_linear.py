@@ -125,6 +125,20 @@ def test_the_classifier_learns_what_a_plain_loop_learns(data, tmp_path):
     assert done.evaluation.top(5) is None  # of three classes
 
 
+def test_a_rate_too_high_for_the_features_is_said(data, tmp_path, capsys):
+    """And the one that is advised is not."""
+    file = resnet(tmp_path / "resnet.safetensors")
+    run(data, tmp_path / "high", file, {"optim.lr": 300.0, "train.log_every": 1}, max_steps=6)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "times 1.10, that of guessing: the rate is too high for features of norm" in said
+    lines = [json.loads(line) for line in (tmp_path / "high" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["watch"].keys() == {"feature_norm", "top1"}
+    advised = float(said.partition("--set optim.lr=")[2].split(".[")[0].split()[0].rstrip("."))
+    good = run(data, tmp_path / "good", file, {"optim.lr": advised}, max_steps=6)
+    assert good.summary.loss < 1.2 < max(line["loss"] for line in lines)
+    assert "that of guessing" not in capsys.readouterr().err
+
+
 def test_ranks_are_top_k_and_ties_do_not_help():
     torch.manual_seed(0)
     logits, labels = torch.randn(50, 9), torch.randint(0, 9, (50,))

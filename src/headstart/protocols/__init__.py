@@ -13,11 +13,14 @@ of them needs; :func:`split` writes its exact images, and boxes, to two files th
 from __future__ import annotations
 
 import difflib
+import hashlib
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from headstart.datasets.class_folders import load_class_data
 from headstart.datasets.detection import DetectionData, load_detection_data, named, union
 from headstart.datasets.splits import Origin, Source, Split, choose_labelled, divide, write_split
 from headstart.errors import DataError, SettingsError
@@ -25,22 +28,25 @@ from headstart.files import read_json
 from headstart.protocols.check import Check, Finding, place_of, root_of
 from headstart.protocols.check import check as _check
 from headstart.protocols.published import read_published
-from headstart.protocols.specs import PROTOCOLS, Annotated, Protocol
+from headstart.protocols.specs import PROTOCOLS, Annotated, ClassFolders, Protocol
 
 
 @dataclass(frozen=True)
 class Part:
-    """A file that :func:`split` wrote, and what is in it. ``sha256`` is of the ids: the same on any machine."""
+    """A file that :func:`split` wrote, and what is in it. ``sha256`` is of the ids: the same on any machine.
+
+    Of whole images with classes, of which nothing is drawn, it is their folder; then ``boxes`` is None.
+    """
 
     path: Path
     images: int
-    boxes: int
+    boxes: int | None
     sha256: str
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What :func:`split` wrote. ``train.path`` and ``val.path`` are data sets for every verb that takes labels."""
+    """What :func:`split` wrote. ``train`` and ``val`` are data sets for every verb that takes such labels."""
 
     protocol: Protocol
     seed: int
@@ -57,12 +63,14 @@ class Splits:
         return self.val_part.path
 
     def commands(self) -> list[str]:
-        """How to fine-tune on them, a line a paper's schedule; and how to score, a line a suite of metrics."""
+        """How to train on them, a line a paper's schedule; and how to score, a line a suite of metrics."""
         train, val = (shlex.quote(str(path)) for path in (self.train, self.val))
         tune = [
-            f"headstart finetune START --recipe {recipe} --train {train} --val {val}"
+            f"headstart {self.protocol.verb} START --recipe {recipe} --train {train} --val {val}"
             for recipe in self.protocol.recipes
         ]
+        if self.protocol.data.of_classes:
+            return [*tune, f"headstart protocol score {self.protocol.name} RUN/eval.json"]
         return tune + [f"headstart evaluate RUN {val} --metric {suite}" for suite in self.protocol.metrics]
 
 
@@ -70,11 +78,29 @@ class Splits:
 class Groups:
     """What :func:`score` returns: means of AP50 over classes, in 0..1; None where no class of the group has objects."""
 
+    title: ClassVar[str] = "AP50"
     path: Path
     metric: str
     novel: float | None
     base: float | None
     all: float | None
+
+    def values(self) -> dict[str, float | None]:
+        return {"novel": self.novel, "base": self.base, "all": self.all}
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The same of whole images with classes: accuracies in 0..1; None where there are no more classes than k."""
+
+    title: ClassVar[str] = "accuracy"
+    path: Path
+    metric: str
+    top1: float | None
+    top5: float | None
+
+    def values(self) -> dict[str, float | None]:
+        return {"top-1": self.top1, "top-5": self.top5}
 
 
 def find(name: str) -> Protocol:
@@ -141,6 +167,11 @@ def split(
             f"{root / lost.path}: {lost.text}. headstart protocol check {name} --root {root} says what else"
         )
 
+    if protocol.data.of_classes:
+        if ids is not None:
+            raise SettingsError(f"protocol {name}: has no use for --ids; it takes all images")
+        train_part, val_part = (_class_part(source, root) for source in protocol.data.files)
+        return Splits(protocol, seed, shots, train_part, val_part)
     data, origin = _load(protocol.data.train, root)
     labels = f"{shots}shot" if few_shot else protocol.labels
     if ids is not None:
@@ -182,18 +213,20 @@ def split(
     return Splits(protocol, seed, shots, *parts)
 
 
-def score(name: str, evaluations: Sequence[Path | str]) -> list[Groups]:
-    """AP50 of boxes over the novel classes of a few-shot protocol, over the others, and over all.
+def score(name: str, evaluations: Sequence[Path | str]) -> list[Groups] | list[TopK]:
+    """AP50 of boxes over the novel classes of a few-shot protocol, over the others, and over all; or accuracies.
 
     Args:
-        evaluations: files that ``headstart evaluate`` and ``finetune`` write (``eval.json``), for example of several
-            seeds.
+        evaluations: files that ``headstart evaluate``, ``finetune`` and ``linear`` write (``eval.json``), for example
+            of several seeds.
 
     Raises:
         SettingsError: there is no such protocol, or it has no novel classes.
         DataError: a file is something else, or lacks a class.
     """
     protocol = find(name)
+    if protocol.data.of_classes:
+        return [_top_k(Path(file)) for file in evaluations]
     if not protocol.novel:
         raise SettingsError(f"protocol {name}: has no novel classes; its metrics are what headstart evaluate prints")
     return [_groups(Path(file), protocol) for file in evaluations]
@@ -218,8 +251,25 @@ def _groups(file: Path, protocol: Protocol) -> Groups:
     return Groups(file, metric, mean(protocol.novel), mean(base), mean(by_class))
 
 
-def _load(sources: tuple[Annotated, ...], root: Path) -> tuple[DetectionData, Origin]:
-    places = tuple(Source(place_of(source, root), source.images) for source in sources)
+def _top_k(file: Path) -> TopK:
+    content = read_json(file, "an evaluation that headstart linear wrote")
+    try:
+        found = content["metrics"]["accuracy"]
+        return TopK(file, str(content["metric"]), found["top1"], found["top5"])
+    except (KeyError, TypeError):
+        raise DataError(f"{file}: has no top-1 and top-5 accuracy; expected what headstart linear wrote") from None
+
+
+def _class_part(source: Annotated | ClassFolders, root: Path) -> Part:
+    assert isinstance(source, ClassFolders)
+    data = load_class_data(root / source.folder)
+    pairs = zip(data.images.names, data.labels.tolist(), strict=True)
+    lines = sorted(f"{name.rpartition('/')[2]}\t{data.classes[label]}\n" for name, label in pairs)
+    return Part(root / source.folder, len(data), None, hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def _load(sources: Sequence[Annotated | ClassFolders], root: Path) -> tuple[DetectionData, Origin]:
+    places = tuple(Source(place_of(source, root), source.images) for source in sources if isinstance(source, Annotated))
     parts = [load_detection_data(root / place.file, root / place.images) for place in places]
     return union(root, parts) if len(parts) > 1 else parts[0], Origin(root, places)
 
@@ -235,4 +285,17 @@ def _folder(protocol: Protocol, seed: int, shots: int | None, ids: Path | str | 
     return Path("splits") / "-".join(words)
 
 
-__all__ = ["PROTOCOLS", "Check", "Finding", "Groups", "Part", "Protocol", "Splits", "check", "find", "score", "split"]
+__all__ = [
+    "PROTOCOLS",
+    "Check",
+    "Finding",
+    "Groups",
+    "Part",
+    "Protocol",
+    "Splits",
+    "TopK",
+    "check",
+    "find",
+    "score",
+    "split",
+]

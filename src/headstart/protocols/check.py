@@ -11,10 +11,11 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from headstart.datasets import coco, lvis
+from headstart.datasets.class_folders import load_class_data
 from headstart.datasets.detection import named
 from headstart.errors import DataError
 from headstart.files import read_json
-from headstart.protocols.specs import Annotated, DataSet, Protocol, amount
+from headstart.protocols.specs import Annotated, ClassFolders, DataSet, Protocol, amount
 
 State = Literal["ok", "missing", "differs"]
 
@@ -73,8 +74,23 @@ def check(protocol: Protocol, root: Path | str) -> Check:
     root = root_of(protocol.data, root)
     findings: list[Finding] = []
     for source in protocol.data.files:
-        findings += _check_voc(source, root) if source.file.endswith(".txt") else _check_coco(source, root)
+        if isinstance(source, ClassFolders):
+            findings.append(_check_classes(source, root))
+        else:
+            findings += _check_voc(source, root) if source.file.endswith(".txt") else _check_coco(source, root)
     return Check(protocol, root, tuple(findings))
+
+
+def _check_classes(source: ClassFolders, root: Path) -> Finding:
+    path = f"{source.folder}/"
+    official = (source.count, None, source.classes)
+    if not (root / source.folder).is_dir():
+        return Finding(path, "missing", f"no such folder; expected {amount(*official)}, a folder each")
+    try:
+        data = load_class_data(root / source.folder, progress=True)
+    except DataError as error:
+        return Finding(path, "missing", f"can't be used: {error}")
+    return _compared(path, (len(data), None, len(data.classes)), official)
 
 
 def _check_coco(source: Annotated, root: Path) -> list[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from headstart.datasets.class_folders import KIT, SYNSETS, TRUTH
 from headstart.datasets.splits import Source
 
 
@@ -26,36 +27,71 @@ class Annotated(Source):
     classes: int | None = None
     otherwise: str | None = None
 
+    def layout(self) -> dict[str, str]:
+        """What should be where."""
+        if self.file.endswith(".txt"):
+            year = self.file.split("/")[0]
+            return {
+                self.file: f"the names of {self.count} images",
+                f"{year}/Annotations/": "an .xml file for each of them",
+                f"{year}/JPEGImages/": "a .jpg file for each of them",
+            }
+        said = amount(self.count, self.boxes, self.classes)
+        folders = (self.images,) if self.images else ("train2017", "val2017")
+        return {
+            self.file: said if self.otherwise is None else f"{said}; or {self.otherwise}",
+            **{f"{folder}/": "images" for folder in folders},
+        }
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """Images whose folder is their class, as :func:`headstart.datasets.class_folders.load_class_data` reads them.
+
+    Attributes:
+        folder: below the data set's root.
+        count, classes: in the official release.
+        example: an image of it.
+        otherwise: other layouts that do, place -> what is there.
+    """
+
+    folder: str
+    count: int
+    classes: int
+    example: str
+    otherwise: tuple[tuple[str, str], ...] = ()
+
+    def layout(self) -> dict[str, str]:
+        """What should be where."""
+        here = {f"{self.folder}/{self.example}": f"{amount(self.count, None, self.classes)}, a folder each"}
+        return here | {place: f"or {what}" for place, what in self.otherwise}
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """``folder``: name of the root in the official archives; ``DIR`` may be it or the folder that holds it."""
+    """``folder``: name of the root in the official archives; ``DIR`` may be it or the folder that holds it.
+
+    ``train`` and ``val`` are annotation files, or folders of classes.
+    """
 
     title: str
     url: str
     folder: str
-    train: tuple[Annotated, ...]
-    val: tuple[Annotated, ...] = ()
+    train: tuple[Annotated, ...] | tuple[ClassFolders]
+    val: tuple[Annotated, ...] | tuple[ClassFolders] = ()
 
     @property
-    def files(self) -> tuple[Annotated, ...]:
+    def files(self) -> tuple[Annotated | ClassFolders, ...]:
         return (*self.train, *self.val)
+
+    @property
+    def of_classes(self) -> bool:
+        """Whole images have classes, and there are no boxes."""
+        return isinstance(self.train[0], ClassFolders)
 
     def layout(self) -> str:
         """The files there should be, one a line, as in the official archives."""
-        lines: dict[str, str] = {}
-        for source in self.files:
-            if source.file.endswith(".txt"):
-                year = source.file.split("/")[0]
-                lines[source.file] = f"the names of {source.count} images"
-                lines[f"{year}/Annotations/"] = "an .xml file for each of them"
-                lines[f"{year}/JPEGImages/"] = "a .jpg file for each of them"
-                continue
-            lines[source.file] = amount(source.count, source.boxes, source.classes)
-            if source.otherwise is not None:
-                lines[source.file] += f"; or {source.otherwise}"
-            folders = (source.images,) if source.images else ("train2017", "val2017")
-            lines |= {f"{folder}/": "images" for folder in folders}
+        lines = {place: what for source in self.files for place, what in source.layout().items()}
         width = max(map(len, lines))
         return "\n".join([f"{self.folder}/", *(f"  {path.ljust(width)}  {what}" for path, what in lines.items())])
 
@@ -76,7 +112,7 @@ class Protocol:
         keep: share of the images to train on where a data set has no validation images of its own: they are divided
             with every class on both sides.
         metrics: what is reported, by the name of the suite of metrics.
-        recipes: whose ``finetune`` section is a paper's schedule for it.
+        recipes: whose ``finetune`` section, or ``linear``, is a paper's schedule for it.
         novel: classes that are scored apart from the others.
         notes: what else there is to know.
     """
@@ -92,6 +128,11 @@ class Protocol:
     notes: tuple[str, ...] = ()
 
     @property
+    def verb(self) -> str:
+        """Of :mod:`headstart`, what trains on it."""
+        return "linear" if self.data.of_classes else "finetune"
+
+    @property
     def seeded(self) -> bool:
         return self.labels != "all" or self.keep is not None
 
@@ -105,7 +146,7 @@ class Protocol:
         return "\n".join(lines)
 
 
-Suite = Literal["coco", "lvis", "voc07"]
+Suite = Literal["coco", "lvis", "voc07", "accuracy"]
 
 COCO = DataSet(
     "COCO 2017",
@@ -150,6 +191,33 @@ SODA10M = DataSet(
     "SSLAD-2D",
     train=(Annotated("labeled/annotations/instance_train.json", "labeled/train", 5000, None, 6),),
     val=(Annotated("labeled/annotations/instance_val.json", "labeled/val", 5000, None, 6),),
+)
+IMAGENET = DataSet(
+    "ImageNet-1k (ILSVRC 2012)",
+    "https://image-net.org/download.php",
+    "ILSVRC2012",
+    train=(
+        ClassFolders(
+            "train",
+            1281167,
+            1000,
+            "n01440764/n01440764_10026.JPEG",
+            (("train/n01440764.tar", "a tar file each, as ILSVRC2012_img_train.tar has them"),),
+        ),
+    ),
+    val=(
+        ClassFolders(
+            "val",
+            50000,
+            1000,
+            "n01440764/ILSVRC2012_val_00000293.JPEG",
+            (
+                ("val/ILSVRC2012_val_00000001.JPEG", "without folders, as ILSVRC2012_img_val.tar has them; and then"),
+                (f"{KIT}/{TRUTH}", f"from {KIT}.tar.gz"),
+                (f"{KIT}/{SYNSETS}", f"from {KIT}.tar.gz"),
+            ),
+        ),
+    ),
 )
 
 VOC_METRICS: dict[Suite, str] = {
@@ -279,6 +347,14 @@ PROTOCOLS = {
             SODA10M,
             BOXES,
             ("adept_table1_joint_soda10m", "adept_table1_separate_soda10m"),
+        ),
+        Protocol(
+            "imagenet_linear",
+            "ImageNet, a linear classifier of whole images on the fixed backbone",
+            IMAGENET,
+            {"accuracy": "top-1 and top-5 accuracy"},
+            ("soco_table11_linear",),
+            notes=("only the backbone is measured: FPN and heads, which detectors gain from, have no part in it",),
         ),
         _few_shot(1),
         _few_shot(2),

@@ -15,6 +15,7 @@ Where the paper is silent, or has two readings:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,7 @@ ADVICE = OptimSettings(
 LAST_STAGE = 5  # C5, of stride 32
 TESTED_AT_ONCE = 64
 FEW_CLASSES = 20  # that are listed one by one
+FAR_ABOVE = 3
 
 
 class BackboneSettings(Settings):
@@ -180,22 +182,49 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        self.last: dict[str, Tensor] = {}  # of the last batch that was trained on
 
     def train(self, mode: bool = True) -> Classifier:
         super().train(mode)
         self.body.eval()
         return self
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, C) of ``images`` (B, 3, H, W), uint8 or float in [0, 1]."""
-        with torch.no_grad():
-            *_, last = self.body((as_float(images) - self.mean) / self.std).values()
-            pooled = last.float().mean(dim=(2, 3))
-        with torch.autocast(pooled.device.type, enabled=False):  # as exact as it gets: it costs next to nothing
-            return self.fc(pooled)
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D) of ``images`` (B, 3, H, W), uint8 or float in [0, 1]."""
+        *_, last = self.body((as_float(images) - self.mean) / self.std).values()
+        return last.float().mean(dim=(2, 3))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, C), in float32: it costs next to nothing."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.fc(features)
 
     def forward(self, batch: _Batch) -> dict[str, Tensor]:
-        return {"class": F.cross_entropy(self.logits(batch.images), batch.labels)}
+        features = self.features(batch.images)
+        logits = self.logits(features)
+        loss = F.cross_entropy(logits, batch.labels)
+        right = (logits.argmax(1) == batch.labels).float().mean()
+        self.last = {"feature_norm": features.square().sum(1).mean().sqrt(), "top1": right, "loss": loss.detach()}
+        return {"class": loss}
+
+    def watch(self) -> dict[str, float]:
+        """Root mean square norm of the features, and the share of right answers in training."""
+        return {name: float(self.last[name]) for name in ("feature_norm", "top1")}
+
+    def warn(self, watched: Mapping[str, Any]) -> str | None:
+        """Papers' rates are for features of their own size; ones that are much larger make the loss leap about.
+
+        Gradient descent with momentum b is stable up to a rate of 2 (1 + b) / L, where L, the largest curvature of the
+        loss, is at most half the mean square norm: half of that is advised.
+        """
+        guessing = math.log(self.fc.out_features)
+        if float(self.last["loss"]) < FAR_ABOVE * guessing:
+            return None
+        return (
+            f"the loss is more than {FAR_ABOVE} times {guessing:.2f}, that of guessing: the rate is too high for "
+            f"features of norm {watched['feature_norm']:.3g}. Try --set optim.lr={4 / watched['feature_norm'] ** 2:.1g}"
+        )
 
 
 class _Batch:
@@ -361,6 +390,8 @@ def linear(
             load=_Crops(data, config.augment),
             collate=_Batch,
             name_of=data.images.names.__getitem__,
+            watch=model.watch,
+            warn=model.warn,
         )
         if config.test.every_epochs is not None:
             assert config.train.batch_size is not None
@@ -454,7 +485,8 @@ def assess(model: Classifier, data: ClassData, config: LinearSettings, show: boo
             unreadable |= {data.images.names[place]: problem for place, _, problem in samples if problem}
             if good:
                 right = torch.from_numpy(data.labels[[place for place, _ in good]])
-                ranks = ranks_of(model.logits(torch.stack([image for _, image in good]).to(device)).cpu(), right)
+                logits = model.logits(model.features(torch.stack([image for _, image in good]).to(device)))
+                ranks = ranks_of(logits.cpu(), right)
                 found |= {place: rank for (place, _), rank in zip(good, ranks.tolist(), strict=True)}
             bar.advance(len(samples))
     model.train(was_training)
