@@ -166,11 +166,38 @@ def test_flags_and_sizes_that_pycocotools_ignores_or_looks_at() -> None:
         assert_same(score(truth, detections), truth, detections, iou_type)
 
 
-def test_many_classes_are_evaluated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    truth, detections = random_case(5)
-    expected = score(truth, detections)
-    monkeypatch.setattr("headstart.coco_eval.PAIRS", 2 * len(truth["images"]))
-    assert score(truth, detections) == expected
+def test_ties_across_images_ids_of_zero_and_nothing_in_a_row() -> None:
+    """One score for all; ids 0; images without objects, without detections, without either; a box without area."""
+    truth, detections = random_case(9, images=6)
+    for detection in detections:
+        detection["score"] = 0.5
+    first = truth["images"][0]["id"]
+    for entry in (*truth["annotations"], *detections):
+        if entry["image_id"] == first:
+            entry["image_id"] = 0
+        if entry["category_id"] == 3:
+            entry["category_id"] = 0
+    truth["images"][0]["id"], truth["categories"][0]["id"] = 0, 0
+    bare, missed = truth["images"][1]["id"], truth["images"][2]["id"]
+    truth["images"].append({**truth["images"][1], "id": 2000})
+    truth["annotations"] = [a for a in truth["annotations"] if a["image_id"] != bare]
+    detections = [d for d in detections if d["image_id"] != missed]
+    flat = {"bbox": [5.0, 5.0, 0.0, 4.0], "segmentation": rle(rectangle(5, 5, 0, 0)), "score": 0.5}
+    detections.append({"image_id": 0, "category_id": 13, **flat})
+    scores = score(truth, detections)
+    for iou_type in ("bbox", "segm"):
+        assert_same(scores, truth, detections, iou_type)
+
+
+def test_only_crowds() -> None:
+    """Nothing can be found, and what lies in them does not count: undefined."""
+    truth, detections = random_case(10)
+    for annotation in truth["annotations"]:
+        annotation["iscrowd"] = 1
+    scores = score(truth, detections)
+    for iou_type in ("bbox", "segm"):
+        assert_same(scores, truth, detections, iou_type)
+    assert scores.metrics["bbox"]["AP"] is None
 
 
 def test_no_detections() -> None:

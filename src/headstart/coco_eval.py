@@ -1,4 +1,4 @@
-"""The COCO suite of average precision and recall, for boxes and masks, and its kin, by faster-coco-eval.
+"""The COCO suite of average precision and recall, for boxes and masks, and its kin, by hotcoco.
 
 ``score``: COCO's own, https://cocodataset.org/#detection-eval. Two habits of the field are kept, and said here:
 
@@ -15,20 +15,22 @@ those images alone in which it was looked for, and false ones of it only where a
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as coco_mask
+import pyarrow as pa
+from hotcoco import COCO, COCOeval
+from hotcoco.mask import area as mask_areas
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from headstart.datasets.lvis import FREQUENCIES, LVIS_DETECTIONS
+from headstart.datasets.lvis import FEDERATED, FREQUENCIES, LVIS_DETECTIONS
 from headstart.errors import DataError
+from headstart.masks import outline
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100")
 LVIS_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR300")
@@ -42,7 +44,6 @@ SUITES = {
     "voc07": "Pascal VOC's AP at 11 points, as in 2007",
     "proposals": "COCO metrics whatever the class",
 }
-PAIRS = 2_000_000  # of image and class that are evaluated at a time: the evaluator keeps a few hundred bytes for each
 
 Value = float | None
 
@@ -115,11 +116,11 @@ def score(
         DataError: a detection of an unknown image or category, or with a score that is not finite; masks
             asked for where an annotation or a detection has none.
     """
-    check(ground_truth, detections, iou_types)
+    found = check(ground_truth, detections, iou_types)
     metrics, per_class = {}, {}
     for iou_type in iou_types:
-        curves = _curves(ground_truth, detections, iou_type, (1, 10, 100))
-        values = curves.precisions(2) | {f"AR{k}": _mean(curves.recall[:, :, 0, m]) for m, k in enumerate((1, 10, 100))}
+        curves = _curves(ground_truth, found, iou_type, (1, 10, 100), by_size=100)
+        values = curves.precisions() | curves.recalls()
         metrics[iou_type] = {name: values[name] for name in METRICS}
         per_class[iou_type] = curves.per_class(class_names(ground_truth["categories"]))
     return Scores(len(ground_truth["images"]), metrics, per_class)
@@ -136,7 +137,24 @@ def score_lvis(
     Raises:
         DataError: as :func:`score`; or the ground truth lacks one of these.
     """
-    check(ground_truth, detections, iou_types)
+    check_federated(ground_truth)
+    found = check(ground_truth, detections, iou_types)
+    frequency = [c["frequency"] for c in sorted(ground_truth["categories"], key=lambda c: c["id"])]
+    metrics, per_class = {}, {}
+    for iou_type in iou_types:
+        counts = (LVIS_DETECTIONS,)
+        curves = _curves(ground_truth, found, iou_type, counts, by_size=LVIS_DETECTIONS, federated=True)
+        values = curves.precisions() | curves.recalls()
+        for group in FREQUENCIES:
+            mine = np.array([f == group for f in frequency], bool)
+            values[f"AP{group}"] = _mean(curves.by_class["AP"][mine, 0])
+        metrics[iou_type] = {name: values[name] for name in LVIS_METRICS}
+        per_class[iou_type] = curves.per_class(class_names(ground_truth["categories"]))
+    return Scores(len(ground_truth["images"]), metrics, per_class, "lvis")
+
+
+def check_federated(ground_truth: dict[str, Any]) -> None:
+    """Raises: DataError, where LVIS's metrics lack what they need, as :func:`score_lvis` says."""
     for place, entries, keys in (
         ("image", ground_truth["images"], ("neg_category_ids", "not_exhaustive_category_ids")),
         ("category", ground_truth["categories"], ("frequency",)),
@@ -149,18 +167,6 @@ def score_lvis(
                         f'ground truth: {place} {entry["id"]} has "{key}" {entry.get(key)!r}; expected {expected}, as '
                         "LVIS v1 has them. What is no LVIS data has COCO's metrics (coco)"
                     )
-    surest = _surest(detections, LVIS_DETECTIONS)
-    frequency = [c["frequency"] for c in sorted(ground_truth["categories"], key=lambda c: c["id"])]
-    metrics, per_class = {}, {}
-    for iou_type in iou_types:
-        curves = _curves(ground_truth, surest, iou_type, (LVIS_DETECTIONS,), federated=True)
-        values = curves.precisions(0) | {"AR300": _mean(curves.recall[:, :, 0, 0])}
-        for group in FREQUENCIES:
-            mine = np.array([f == group for f in frequency], bool)
-            values[f"AP{group}"] = _mean(curves.precision[:, :, mine, 0, 0])
-        metrics[iou_type] = {name: values[name] for name in LVIS_METRICS}
-        per_class[iou_type] = curves.per_class(class_names(ground_truth["categories"]))
-    return Scores(len(ground_truth["images"]), metrics, per_class, "lvis")
 
 
 def score_proposals(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]) -> Scores:
@@ -169,153 +175,212 @@ def score_proposals(ground_truth: dict[str, Any], detections: Sequence[dict[str,
     Raises:
         DataError: as :func:`score`; detections need no "category_id".
     """
-    nameless = {
-        **ground_truth,
-        "categories": [{"id": 1, "name": "object"}],
-        "annotations": [{**a, "category_id": 1} for a in ground_truth["annotations"]],
-    }
-    found = [{**d, "category_id": 1} for d in detections]
-    check(nameless, found, ("bbox",))
-    counts = (1, 10, 100, 1000)
-    curves = _curves(nameless, found, "bbox", counts)
-    values = curves.precisions(2) | {f"AR{k}": _mean(curves.recall[:, :, 0, m]) for m, k in enumerate(counts)}
-    values |= {f"AR{size}": _mean(curves.recall[:, :, a, 2]) for a, size in enumerate("sml", 1)}
+    found = check(ground_truth, detections, ("bbox",), classless=True)
+    curves = _curves(ground_truth, found, "bbox", (1, 10, 100, 1000), by_size=100)
+    values = curves.precisions() | curves.recalls()
     metrics = {"bbox": {name: values[name] for name in PROPOSAL_METRICS}}
     return Scores(len(ground_truth["images"]), metrics, {}, "proposals")
 
 
 @dataclass(frozen=True)
 class _Curves:
-    """-1 where undefined. T: IoU .5:.95; K: classes by id; A: all, small, medium, large; M: detections an image."""
+    """-1 where undefined. T: IoU .5:.95; K: classes by id; A: all, small, medium, large."""
 
-    precision: np.ndarray  # (T, 101 recalls, K, A, M)
-    recall: np.ndarray  # (T, K, A, M)
+    precision: np.ndarray  # (T, 101 recalls, K, A), of the first ``by_size`` detections of an image and class
+    recall_by_size: np.ndarray  # (T, K, A), of as many
+    recall: dict[int, np.ndarray]  # (T, K) by the number of detections of an image and class
 
-    def precisions(self, m: int) -> dict[str, Value]:
-        here = self.precision[..., m]
-        return {
-            "AP": _mean(here[:, :, :, 0]),
-            "AP50": _mean(here[0, :, :, 0]),
-            "AP75": _mean(here[5, :, :, 0]),
-            **{f"AP{size}": _mean(here[:, :, :, a]) for a, size in enumerate("sml", 1)},
-        }
+    @cached_property
+    def by_class(self) -> dict[str, np.ndarray]:
+        """AP, AP50 and AP75, (K, A) each: a class has them at all IoUs and recalls, or at none."""
+        at_iou = self.precision.mean(axis=1)
+        return {"AP": at_iou.mean(axis=0), "AP50": at_iou[0], "AP75": at_iou[5]}
+
+    def precisions(self) -> dict[str, Value]:
+        of_all = {name: _mean(values[:, 0]) for name, values in self.by_class.items()}
+        return of_all | {f"AP{size}": _mean(self.by_class["AP"][:, a]) for a, size in enumerate("sml", 1)}
+
+    def recalls(self) -> dict[str, Value]:
+        of_all = {f"AR{count}": _mean(values) for count, values in self.recall.items()}
+        return of_all | {f"AR{size}": _mean(self.recall_by_size[:, :, a]) for a, size in enumerate("sml", 1)}
 
     def per_class(self, names: dict[int, str]) -> dict[str, dict[str, Value]]:
-        here = self.precision[:, :, :, 0, -1]
         return {
-            name: {"AP": _mean(here[:, :, k]), "AP50": _mean(here[0, :, k])} for k, name in enumerate(names.values())
+            name: {metric: _mean(self.by_class[metric][k, 0]) for metric in ("AP", "AP50")}
+            for k, name in enumerate(names.values())
         }
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Detections as columns. Images and classes are numbered from 1 on in the order of their ids."""
+
+    entries: Sequence[dict[str, Any]]
+    images: np.ndarray  # (n,) float64, as the evaluator's table has them
+    labels: np.ndarray | None  # (n,) float64; None: classes are not looked at
+    scores: np.ndarray  # (n,) float64
 
 
 def _curves(
     ground_truth: dict[str, Any],
-    detections: Sequence[dict[str, Any]],
+    found: _Found,
     iou_type: str,
     counts: Sequence[int],
+    by_size: int,
     federated: bool = False,
 ) -> _Curves:
-    categories = sorted(category["id"] for category in ground_truth["categories"])
-    if not ground_truth["images"] or not categories:
+    """``counts``: detections of an image and class, of which to tell the recall, ``by_size`` among them."""
+    classes = len(ground_truth["categories"]) if found.labels is not None else 1
+    if not ground_truth["images"] or not classes:
         # Without ids to restrict it to, the evaluator would take everything instead of nothing.
-        shape = len(categories), 4, len(counts)
-        return _Curves(-np.ones((10, 101, *shape)), -np.ones((10, *shape)))
-    shared = {
-        "images": [dict(image) for image in ground_truth["images"]],
-        "categories": [dict(category) for category in ground_truth["categories"]],
-    }
-    truth = COCO(
-        {**shared, "annotations": [_annotation(a, i, iou_type) for i, a in enumerate(ground_truth["annotations"])]}
-    )
-    # What the evaluator's own way of reading results adds besides, outlines of boxes, costs time and is not looked at.
-    found = COCO({**shared, "annotations": [_detection(d, i, iou_type) for i, d in enumerate(detections)]})
-    at_a_time = max(1, PAIRS // len(ground_truth["images"]))
-    precisions, recalls = [], []
-    for first in range(0, len(categories), at_a_time):
-        evaluation = COCOeval_faster(truth, found, iouType=iou_type, lvis_style=federated)
-        evaluation.params.catIds = categories[first : first + at_a_time]
-        evaluation.params.maxDets = list(counts)
-        evaluation.evaluate()
+        none = -np.ones((10, 101, classes, 4))
+        return _Curves(none, none[:, 0], dict.fromkeys(counts, none[:, 0, :, 0]))
+    truth = _ground_truth(ground_truth, iou_type, federated, classless=found.labels is None)
+    detected = _detections(truth, found, iou_type)
+    if federated:
+        detected = detected.cap_detections_per_image(LVIS_DETECTIONS)
+    evaluation = COCOeval(truth, detected, iou_type, lvis_style=federated)
+    evaluation.params.max_dets = [max(counts)]
+    evaluation.evaluate()
+    # Matches are made once. Curves of all sizes and counts are made together by default, most of which nobody reads.
+    evaluation.params.max_dets = [by_size]
+    evaluation.accumulate()
+    made: Any = evaluation.eval  # a copy, at each look
+    precision, recall_by_size = made["precision"][..., 0], made["recall"][..., 0]
+    recall = {by_size: recall_by_size[:, :, 0]}
+    others = [count for count in counts if count != by_size]
+    if others:
+        evaluation.params.max_dets, evaluation.params.rec_thrs = others, [0.0]
+        evaluation.params.area_rng = evaluation.params.area_rng[:1]
+        evaluation.params.area_rng_lbl = evaluation.params.area_rng_lbl[:1]
         evaluation.accumulate()
-        precisions.append(np.asarray(evaluation.eval["precision"]))
-        recalls.append(np.asarray(evaluation.eval["recall"]))
-    return _Curves(np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1))
+        made = evaluation.eval
+        recall |= {count: made["recall"][:, :, 0, m] for m, count in enumerate(others)}
+    return _Curves(precision, recall_by_size, recall)
 
 
-def _surest(detections: Sequence[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most ``most`` an image, whatever their class; of equal scores the first ones."""
-    by_image: dict[Any, list[int]] = {}
-    for place, detection in enumerate(detections):
-        by_image.setdefault(detection["image_id"], []).append(place)
-    kept = [sorted(places, key=lambda place: -detections[place]["score"])[:most] for places in by_image.values()]
-    return [detections[place] for place in sorted(place for places in kept for place in places)]
+def _numbers(entries: Sequence[dict[str, Any]]) -> dict[Any, float]:
+    """By id, 1.0, 2.0 and so on in the order of the ids, which decides between detections of equal scores."""
+    return {number: float(i) for i, number in enumerate(sorted({entry["id"] for entry in entries}), 1)}
 
 
-def _annotation(annotation: dict[str, Any], index: int, iou_type: str) -> dict[str, Any]:
-    box = [float(v) for v in annotation["bbox"]]
-    mine: dict[str, Any] = {
-        # Our own numbers from 1 on: to the evaluator an id of 0 means "matched with nothing".
-        "id": index + 1,
-        "image_id": annotation["image_id"],
-        "category_id": annotation["category_id"],
-        "bbox": box,
-        "area": float(annotation.get("area", box[2] * box[3])),
-        "iscrowd": int(annotation.get("iscrowd", 0)),
-    }
+def _ground_truth(ground_truth: dict[str, Any], iou_type: str, federated: bool, classless: bool) -> COCO:
+    place, label = _numbers(ground_truth["images"]), _numbers(ground_truth["categories"])
+    images = {}
+    for image in ground_truth["images"]:
+        mine: dict[str, Any] = {
+            "id": int(place[image["id"]]),
+            "width": image.get("width", 0),
+            "height": image.get("height", 0),
+        }
+        if federated:
+            mine |= {key: [int(label[c]) for c in image[key]] for key in FEDERATED}
+        images[image["id"]] = mine
+    categories: list[dict[str, Any]] = [{"id": 1, "name": "object"}]
+    if not classless:
+        categories = [
+            {"id": int(label[c["id"]]), "name": str(c["name"])} | ({"frequency": c["frequency"]} if federated else {})
+            for c in ground_truth["categories"]
+        ]
+    annotations = ground_truth["annotations"]
+    boxes = _boxes(annotations)
+    areas = [a.get("area", w * h) for a, (w, h) in zip(annotations, boxes[:, 2:].tolist(), strict=True)]
+    masks = None
     if iou_type == "segm":
-        # A crowd is a region in which nothing counts; without a mask that region is its box.
-        x, y, w, h = box
-        mine["segmentation"] = annotation.get("segmentation") or [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    return mine
+        masks = [a.get("segmentation") or outline(a["bbox"]) for a in annotations]
+    return COCO.from_arrays(
+        list(images.values()),
+        categories,
+        [place[a["image_id"]] for a in annotations],
+        [1 if classless else label[a["category_id"]] for a in annotations],
+        boxes,
+        area=np.array(areas, np.float64),
+        iscrowd=[bool(a.get("iscrowd", 0)) for a in annotations],
+        segmentation=masks,
+    )
 
 
-def _detection(detection: dict[str, Any], index: int, iou_type: str) -> dict[str, Any]:
-    mine: dict[str, Any] = {
-        "id": index + 1,
-        "image_id": detection["image_id"],
-        "category_id": detection["category_id"],
-        "score": float(detection["score"]),
-        "iscrowd": 0,
-    }
-    if iou_type == "segm":
-        mine["segmentation"] = detection["segmentation"]
-        mine["area"] = float(coco_mask.area(detection["segmentation"]))
-    else:
-        mine["bbox"] = [float(v) for v in detection["bbox"]]
-        mine["area"] = mine["bbox"][2] * mine["bbox"][3]
-    return mine
+def _detections(truth: COCO, found: _Found, iou_type: str) -> COCO:
+    rows = np.zeros((len(found.entries), 7))  # image, x, y, width, height, score, class
+    rows[:, 0], rows[:, 5] = found.images, found.scores
+    rows[:, 6] = 1 if found.labels is None else found.labels
+    if iou_type == "bbox":
+        rows[:, 1:5] = _boxes(found.entries)
+        return truth.load_res(rows)
+    masks = [detection["segmentation"] for detection in found.entries]
+    detected = truth.load_res(rows, segmentation=masks)
+    if masks:
+        detected.update_anns(ids=np.arange(1, len(masks) + 1), area=mask_areas(masks))
+    return detected
 
 
-def check(ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]], iou_types: Sequence[str]) -> None:
-    """Raises: DataError, as :func:`score` says."""
+def _boxes(entries: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(n, 4) float64."""
+    flat: list[float] = []
+    for entry in entries:
+        flat += entry["bbox"]
+    return _floats(flat).reshape(-1, 4)
+
+
+def _floats(values: list[float]) -> np.ndarray:
+    """(n,) float64, which Arrow makes of a list in half of NumPy's time."""
+    return pa.array(values, pa.float64()).to_numpy()
+
+
+def check(
+    ground_truth: dict[str, Any],
+    detections: Sequence[dict[str, Any]],
+    iou_types: Sequence[str],
+    classless: bool = False,
+) -> _Found:
+    """What there is to say of detections; ``classless``: their classes are not looked at.
+
+    Raises:
+        DataError: as :func:`score` says.
+    """
     unknown = [t for t in iou_types if t not in IOU_TYPES]
     if unknown:
         raise DataError(f"IoU type {unknown[0]!r}: expected one of {', '.join(IOU_TYPES)}")
     for key in ("images", "annotations", "categories"):
         if key not in ground_truth:
             raise DataError(f'ground truth: no "{key}"; expected a COCO data set')
-    images = {image["id"] for image in ground_truth["images"]}
-    categories = {category["id"] for category in ground_truth["categories"]}
-    for i, detection in enumerate(detections):
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if detection[key] not in known:
-                raise DataError(
-                    f"detection {i}: {key} {detection[key]!r} is not in the ground truth. "
-                    "Were these detections made for another data set?"
-                )
-        if not math.isfinite(detection["score"]):
-            raise DataError(f"detection {i} (image {detection['image_id']}): score is {detection['score']}")
-    if "segm" not in iou_types:
-        return
+    images = _column(detections, "image_id", ground_truth["images"])
+    labels = None if classless else _column(detections, "category_id", ground_truth["categories"])
+    scores = _floats([detection["score"] for detection in detections])
+    finite = np.isfinite(scores)
+    if not finite.all():
+        i = int(finite.argmin())
+        raise DataError(f"detection {i} (image {detections[i]['image_id']}): score is {detections[i]['score']}")
+    if "segm" in iou_types:
+        _check_masks(ground_truth["annotations"], detections)
+    return _Found(detections, images, labels, scores)
+
+
+def _column(detections: Sequence[dict[str, Any]], key: str, entries: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(n,) float64 numbers of the images or categories that detections name."""
+    ids, number = [detection[key] for detection in detections], _numbers(entries)
+    try:
+        return _floats(list(map(number.__getitem__, ids)))
+    except KeyError:
+        i = next(i for i, unknown in enumerate(ids) if unknown not in number)
+        raise DataError(
+            f"detection {i}: {key} {ids[i]!r} is not in the ground truth. "
+            "Were these detections made for another data set?"
+        ) from None
+
+
+def _check_masks(annotations: Sequence[dict[str, Any]], detections: Sequence[dict[str, Any]]) -> None:
     hint = 'so masks can\'t be scored. Score boxes only: iou_types=("bbox",).'
-    for i, annotation in enumerate(ground_truth["annotations"]):
+    for i, annotation in enumerate(annotations):
         if not annotation.get("segmentation") and not annotation.get("iscrowd"):
             raise DataError(f'annotation {i} (image {annotation["image_id"]}) has no "segmentation", {hint}')
-    for i, detection in enumerate(detections):
-        mask = detection.get("segmentation")
-        if not isinstance(mask, dict) or not isinstance(mask.get("counts"), str | bytes):
-            raise DataError(
-                f'detection {i} (image {detection["image_id"]}) has no "segmentation" in compressed RLE, {hint}'
-            )
+    masks = [detection.get("segmentation") for detection in detections]
+    compressed = [isinstance(mask, dict) and isinstance(mask.get("counts"), (str, bytes)) for mask in masks]
+    if not all(compressed):
+        i = compressed.index(False)
+        raise DataError(
+            f'detection {i} (image {detections[i]["image_id"]}) has no "segmentation" in compressed RLE, {hint}'
+        )
 
 
 def class_names(categories: Sequence[dict[str, Any]]) -> dict[int, str]:

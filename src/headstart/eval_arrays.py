@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as coco_mask
 
+from headstart.masks import outline, run_lengths
+
 
 @dataclass(frozen=True)
 class Objects:
@@ -35,7 +37,7 @@ class Objects:
         masks = None
         if iou_type == "segm":
             sizes = [(image["height"], image["width"]) for image in ground_truth["images"]]
-            masks = [_run_lengths(entries[k], *sizes[images[k]]) for k in order.tolist()]
+            masks = [_mask(entries[k], *sizes[images[k]]) for k in order.tolist()]
         return cls(
             starts=np.searchsorted(images[order], np.arange(len(place) + 1)),
             labels=np.array([label[entry["category_id"]] for entry in entries], np.int64)[order],
@@ -56,12 +58,6 @@ class Objects:
         return np.asarray(coco_mask.iou(first, [other.masks[k] for k in others.tolist()], flags))
 
 
-def _run_lengths(entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def _mask(entry: dict[str, Any], height: int, width: int) -> dict[str, Any]:
     """A crowd without a mask is the region of its box."""
-    value = entry.get("segmentation")
-    if not value:
-        x, y, w, h = entry["bbox"]
-        value = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-    if isinstance(value, list):
-        return coco_mask.merge(coco_mask.frPyObjects(value, height, width))
-    return coco_mask.frPyObjects(value, height, width) if isinstance(value["counts"], list) else value
+    return run_lengths(entry.get("segmentation") or outline(entry["bbox"]), height, width)

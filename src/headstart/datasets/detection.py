@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 
 from headstart.datasets.images import size_of
 from headstart.errors import DataError, ImageError
 from headstart.files import read_json
+from headstart.masks import decode
 
 MAX_MISSING = 0.1  # share of images that may be missing
 # Corners given 0- or 1-based and rounded coordinates reach up to a pixel over the edge in most data sets;
@@ -292,18 +292,10 @@ def masks_of(annotations: Annotations, height: int, width: int) -> np.ndarray:
         if segmentation is None:
             raise DataError(f"object {k} has no segmentation; expected polygons or run lengths")
         try:
-            masks[k] = coco_mask.decode(_run_lengths(segmentation, height, width))
+            masks[k] = decode(segmentation, height, width)
         except (ValueError, RuntimeError, TypeError) as error:
             raise DataError(f"object {k}: the segmentation can't be decoded ({error})") from error
     return masks
-
-
-def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    if isinstance(segmentation, list):
-        return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return coco_mask.frPyObjects(segmentation, height, width)
-    return segmentation
 
 
 # ---- shared by the readers of the formats ----------------------------------------------------------------

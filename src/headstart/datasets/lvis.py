@@ -20,7 +20,7 @@ from headstart.errors import DataError
 
 FREQUENCIES = ("r", "c", "f")
 LVIS_DETECTIONS = 300  # of an image, that count
-_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def file_name(image: Mapping[str, Any]) -> Any:
@@ -39,10 +39,10 @@ def federated(
     Raises:
         DataError: one of the two lists is something else, or names an unknown category.
     """
-    if not any(key in image for key in _LISTS):
+    if not any(key in image for key in FEDERATED):
         return None, None
     labels = []
-    for key in _LISTS:
+    for key in FEDERATED:
         ids = image.get(key, [])
         if not isinstance(ids, list) or not all(isinstance(i, int) and i in label_of for i in ids):
             raise DataError(

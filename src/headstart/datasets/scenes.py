@@ -22,12 +22,12 @@ from typing import Any
 
 import cv2
 import numpy as np
-from faster_coco_eval.core import mask as coco_mask
 from rich.table import Column, Table
 
 from headstart.console import progress as progress_bar
 from headstart.errors import RunError, SettingsError
 from headstart.files import clear_leftovers, replacing, write_json
+from headstart.masks import encode
 
 CLASSES = ("disc", "square", "triangle", "star", "ring", "cross")
 SPLITS = ("unlabelled", "train", "val")  # the place in this tuple seeds the split: append only
@@ -496,7 +496,6 @@ def _jpeg(scene: Scene) -> bytes:
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
     annotations = []
     for k, (label, mask) in enumerate(zip(scene.labels, scene.masks, strict=True)):
-        rle = coco_mask.encode(np.asfortranarray(mask))
         x, y, width, height = (int(v) for v in cv2.boundingRect(mask))
         annotations.append(
             {
@@ -506,14 +505,10 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, A
                 "bbox": [x, y, width, height],
                 "area": int(mask.sum()),
                 "iscrowd": 0,
-                "segmentation": {"size": [int(s) for s in rle["size"]], "counts": _text(rle["counts"])},
+                "segmentation": encode(mask),
             }
         )
     return annotations
-
-
-def _text(counts: bytes | str) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
 
 
 def _coco(split: str, seed: int, images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from headstart.detectors.weights import load_state, read_metadata, read_state
 from headstart.engine import pick_device, worker_init
 from headstart.errors import DataError, ImageError, RunError, SettingsError, WeightsError
 from headstart.files import write_json
+from headstart.masks import encode
 from headstart.proposals.store import metadata_of, readable
 from headstart.runs import DETECTOR_FILE, read_detector_record
 from headstart.verbs.start import detector_of, is_foreign, load_start
@@ -120,6 +121,8 @@ def evaluate(
         loaded = in_order_of(loaded, classes)
     else:
         wrapped = detectors.wrap(detector)  # type: ignore[arg-type]
+    if metric == "lvis":
+        coco_eval.check_federated(loaded.to_coco())  # before an hour of detecting
     evaluation = run_detector(wrapped, loaded, batch_size, pick_device(device), show, metric)
     if out is None and run is not None and not is_foreign(run):
         other = "" if metric == usual else f"_{metric}"
@@ -308,8 +311,6 @@ class _Images(torch.utils.data.Dataset):
 
 def _results(output: dict[str, Tensor], data: DetectionData, index: int, masks: bool) -> list[dict[str, Any]]:
     """One image's detections as COCO results; labels without a category (a detector of more classes) are left out."""
-    from faster_coco_eval.core import mask as rle_mask
-
     boxes = output["boxes"].cpu().numpy().astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
     scores, labels = output["scores"].cpu().numpy(), output["labels"].cpu().numpy()
@@ -326,12 +327,7 @@ def _results(output: dict[str, Tensor], data: DetectionData, index: int, masks: 
         }
         if masks:
             binary = (output["masks"][k, 0] > 0.5).cpu().numpy().astype(np.uint8)
-            rle = rle_mask.encode(np.asfortranarray(binary))
-            counts = rle["counts"]
-            result["segmentation"] = {
-                "size": [int(v) for v in rle["size"]],
-                "counts": counts.decode() if isinstance(counts, bytes) else counts,
-            }
+            result["segmentation"] = encode(binary)
         results.append(result)
     return results
 
