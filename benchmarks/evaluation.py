@@ -5,9 +5,9 @@
 Both get the same generated ground truth and detections, by default as many as COCO's validation images have: 80
 classes, 7 objects an image, 100 detections, ties and crowds among them. CPU seconds of the whole call count, since
 other programs may want the cores too; with pycocotools that is building its index, loading the results, evaluate,
-accumulate and summarize. Also printed: the largest difference between the metrics; what faster-coco-eval takes for the
-same, called directly, so that what lies above it in ours is seen; error types, and ``tidecv``'s time where it is
-importable.
+accumulate and summarize. Also printed: the largest difference between the metrics; what faster-coco-eval and hotcoco
+take for the same, called directly, so that what lies above the latter in ours is seen; error types, and
+``tidecv``'s time where it is importable.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ import numpy as np
 from faster_coco_eval import COCO as FasterCOCO
 from faster_coco_eval import COCOeval_faster
 from faster_coco_eval.core import mask as rle_mask
+from hotcoco import COCO as HotCOCO
+from hotcoco import COCOeval as HotCOCOeval
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
@@ -76,9 +78,12 @@ def made_up(images: int, masks: bool) -> tuple[dict[str, Any], list[dict[str, An
 
 def reference(coco: Any, evaluator: Any, truth: dict[str, Any], detections: list[dict[str, Any]], kind: str) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):
-        api = coco()
-        api.dataset = truth
-        api.createIndex()
+        if coco is HotCOCO:
+            api = coco(truth)
+        else:
+            api = coco()
+            api.dataset = truth
+            api.createIndex()
         evaluation = evaluator(api, api.loadRes(detections), kind)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -117,7 +122,12 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     stats: dict[str, Any] = {}
     for _ in range(options.pairs):
-        for name, tools in {"pycocotools": (COCO, COCOeval), "faster-coco-eval": (FasterCOCO, COCOeval_faster)}.items():
+        others = {
+            "pycocotools": (COCO, COCOeval),
+            "faster-coco-eval": (FasterCOCO, COCOeval_faster),
+            "hotcoco": (HotCOCO, HotCOCOeval),
+        }
+        for name, tools in others.items():
             given = copied()
             if options.masks:
                 for detection in given[1]:
