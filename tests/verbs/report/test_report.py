@@ -177,6 +177,19 @@ def test_histograms_count_what_the_file_holds(tmp_path: Path) -> None:
     assert f"Histogram of width by height; median {np.median(ratios):.3g}." in labels
 
 
+def test_proposals_of_a_comparison_that_was_moved(tmp_path: Path) -> None:
+    make_ground_truth(tmp_path / "data", 4)
+    run = make_pretraining(tmp_path / "moved" / "runs" / "soco", tmp_path / "data" / "images")
+    (run / "log.jsonl").unlink()
+    (run / "proposals.parquet").rename(tmp_path / "moved" / "boxes-1.parquet")
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["proposals"] = "/before/boxes-1.parquet"
+    (run / "run.json").write_text(json.dumps(record))
+    text = Page(report(run, tmp_path / "r.html", images=0)).words()
+    assert "headstart propose" not in text
+    assert str(tmp_path / "moved" / "boxes-1.parquet") in text
+
+
 def test_proposals_are_asked_for_only_where_they_were_used(tmp_path: Path) -> None:
     make_ground_truth(tmp_path / "data", 4)
     run = make_pretraining(tmp_path / "run", tmp_path / "data" / "images", proposals=False)

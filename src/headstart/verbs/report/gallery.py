@@ -155,10 +155,10 @@ def _found(
     scores, total = found.scores[here], here.stop - here.start
     sure = int((scores >= threshold).sum())
     drawn = range(sure or min(1, total))
-    kinds = ["ignored" if judged.ignored[d] else judged.detections[d] or "past 100" for d in drawn]
+    kinds = ["ignored" if judged.ignored[d] else judged.detections[d] or "not judged" for d in drawn]
     missed = [k for k, state in enumerate(judged.objects) if state in NOT_FOUND]
     counts = Counter(kinds)
-    listed = ", ".join(f"{counts[kind]} {kind}" for kind in ("correct", *FALSE, "ignored", "past 100") if counts[kind])
+    listed = ", ".join(f"{counts[kind]} {kind}" for kind in ("correct", *FALSE, "ignored", "not judged") if counts[kind])
     if sure:
         remark = f"{words.plural(sure, 'detection')}: {listed}"
         caption = f"{found.label} · {listed}"

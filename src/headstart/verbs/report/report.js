@@ -41,14 +41,18 @@
   const galleries = [...document.querySelectorAll("[data-gallery]")].filter((g) => g.querySelector(".filters"));
   for (const gallery of galleries) {
     const form = gallery.querySelector(".filters");
-    const rows = [...gallery.querySelectorAll(".row")].map((row) => ({
-      row,
-      block: row.closest("details") || gallery,
-      marks: [...row.querySelectorAll("[data-c]")].map((mark) => ({
-        mark, truth: mark.closest(".shot") === row.querySelector(".shot"), kinds: mark.dataset.e.split(" "),
-      })),
-    }));
+    let rows = null; // read when it is first needed: a page of many pictures opens sooner
+    const readRows = () => [...gallery.querySelectorAll(".row")].map((row) => {
+      const first = row.querySelector(".shot");
+      const marks = [...row.querySelectorAll("[data-c]")];
+      return {
+        row,
+        block: row.closest("details") || gallery,
+        marks: marks.map((mark) => ({ mark, truth: first.contains(mark), kinds: mark.dataset.e.split(" ") })),
+      };
+    });
     const apply = () => {
+      rows ??= readRows();
       const [class_, error] = [form.elements.class, form.elements.error].map((select) => select.selectedOptions[0]);
       const kinds = error.dataset.of ? error.dataset.of.split(" ") : null;
       const active = Boolean(class_.value || kinds);

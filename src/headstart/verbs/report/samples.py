@@ -68,6 +68,8 @@ def _proposals_file(run: Run) -> Path | None:
     candidates = [run.path / "proposals.parquet"]
     if isinstance(named, str):
         candidates += [Path(named), run.path / named]
+        # Where compare leaves it, in a folder that may have been moved with all its runs.
+        candidates += [above / Path(named).name for above in run.path.resolve().parents[:2]]
     return next((file for file in candidates if file.is_file()), None)
 
 
