@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,20 @@ def test_what_is_written(data, tmp_path):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "validation" in line] == [2, 4]
     assert lines[-1]["validation"] == {"top1": done.evaluation.top(1), "top5": None}
+
+
+def test_two_processes_are_one(data, tmp_path):
+    """Each trains on half of every batch and looks at half of the validation images."""
+    alone = run(data, tmp_path / "one", settings={"optim.lr": 0.1}, max_steps=2, batch_size=8)
+    sets = [word for k, v in {**SMALL, "optim.lr": 0.1}.items() for word in ("--set", f"{k}={v}")]
+    command = ["linear", "scratch", "--train", str(data / "train"), "--val", str(data / "val"), *sets]
+    command += ["--max-steps", "2", "--batch-size", "8", "--out", str(tmp_path / "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "headstart"]
+    done = subprocess.run([*launch, *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    together = load_file(tmp_path / "two" / "classifier.safetensors")
+    torch.testing.assert_close(together["fc.weight"], alone.model.fc.weight.detach(), rtol=1e-4, atol=1e-6)
+    assert (tmp_path / "two" / "eval.json").read_text() == (tmp_path / "one" / "eval.json").read_text()
 
 
 def test_a_stopped_run_goes_on_to_the_same_numbers(data, tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ class ClassFolders:
     def layout(self) -> dict[str, str]:
         """What should be where."""
         here = {f"{self.folder}/{self.example}": f"{amount(self.count, None, self.classes)}, a folder each"}
-        return here | {place: f"or {what}" for place, what in self.otherwise}
+        return here | dict(self.otherwise)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ IMAGENET = DataSet(
             1281167,
             1000,
             "n01440764/n01440764_10026.JPEG",
-            (("train/n01440764.tar", "a tar file each, as ILSVRC2012_img_train.tar has them"),),
+            (("train/n01440764.tar", "or a tar file each, as ILSVRC2012_img_train.tar has them"),),
         ),
     ),
     val=(
@@ -212,9 +212,12 @@ IMAGENET = DataSet(
             1000,
             "n01440764/ILSVRC2012_val_00000293.JPEG",
             (
-                ("val/ILSVRC2012_val_00000001.JPEG", "without folders, as ILSVRC2012_img_val.tar has them; and then"),
-                (f"{KIT}/{TRUTH}", f"from {KIT}.tar.gz"),
-                (f"{KIT}/{SYNSETS}", f"from {KIT}.tar.gz"),
+                (
+                    "val/ILSVRC2012_val_00000001.JPEG",
+                    "or without folders, as ILSVRC2012_img_val.tar has them, and then",
+                ),
+                (f"{KIT}/{TRUTH}", "their classes, in order"),
+                (f"{KIT}/{SYNSETS}", "the names of the classes"),
             ),
         ),
     ),
