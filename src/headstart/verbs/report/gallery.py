@@ -158,7 +158,9 @@ def _found(
     kinds = ["ignored" if judged.ignored[d] else judged.detections[d] or "not judged" for d in drawn]
     missed = [k for k, state in enumerate(judged.objects) if state in NOT_FOUND]
     counts = Counter(kinds)
-    listed = ", ".join(f"{counts[kind]} {kind}" for kind in ("correct", *FALSE, "ignored", "not judged") if counts[kind])
+    listed = ", ".join(
+        f"{counts[kind]} {kind}" for kind in ("correct", *FALSE, "ignored", "not judged") if counts[kind]
+    )
     if sure:
         remark = f"{words.plural(sure, 'detection')}: {listed}"
         caption = f"{found.label} · {listed}"

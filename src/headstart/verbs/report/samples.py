@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ class Proposals:
     gallery: list[pictures.Picture]
     figures: list[Shown]
     notes: list[Note]
+    runs: list[str] = field(default_factory=list)  # names of those that used them
 
 
 def proposals(runs: Sequence[Run], photos: Pictures, images: int) -> tuple[list[Proposals], list[Note]]:
@@ -55,6 +56,8 @@ def proposals(runs: Sequence[Run], photos: Pictures, images: int) -> tuple[list[
                 sections[file.resolve()] = _proposals(file, Path(folder), photos, images, name)
             except DataError as error:
                 notes.append(Note(f"{run.name}: {error}"))
+        if file is not None and file.resolve() in sections:
+            sections[file.resolve()].runs.append(run.name)
     return list(sections.values()), notes
 
 
