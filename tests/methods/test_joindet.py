@@ -285,9 +285,10 @@ def test_refreshing_draws_nothing_and_repeats(photo):
     assert all(same(a, b) for a, b in zip(first, again, strict=True))
 
 
-def test_the_number_of_epochs_between_updates():
-    assert joindet(detector())[0].refresh_epochs == 10
-    assert joindet(detector(), update_epochs=0.5)[0].refresh_epochs == 0.5
+def test_the_supervision_is_updated_every_so_many_passes_or_five_times_a_run():
+    assert joindet(detector())[0].refresh_every(3) == 20  # of 100 steps, however many passes they are
+    assert joindet(detector(), update_epochs=10)[0].refresh_every(3) == 30
+    assert joindet(detector(), update_epochs=0.1)[0].refresh_every(3) == 1
 
 
 # ---- loss -----------------------------------------------------------------------------------------------------------

@@ -22,7 +22,9 @@ class Refreshing(Method):
     needs: ClassVar = {}
     decode_px = 64
     needs_proposals = True
-    refresh_epochs = 1.0
+
+    def refresh_every(self, steps_a_pass):
+        return round(steps_a_pass)
 
     def views(self, image, boxes, rng):
         boxes = boxes[visible(boxes)]

@@ -14,7 +14,7 @@ from headstart import detectors
 from headstart.detectors.rcnn import RCNNSettings
 from headstart.errors import RunError, SettingsError
 from headstart.optim import OptimSettings
-from headstart.verbs.finetune import TuneSettings, Supervised, config_type, jitter_scale, settle
+from headstart.verbs.finetune import Supervised, TuneSettings, config_type, jitter_scale, settle
 
 
 def supervised(tiny, **tune) -> Supervised:

@@ -240,10 +240,9 @@ class Method(ABC, Generic[M]):
     def loss(self, student: Net, views: Sequence[ViewBatch], targets: Any) -> dict[str, Tensor]:
         """Named terms whose sum is minimised."""
 
-    @property
-    def refresh_epochs(self) -> float | None:
-        """Passes over the images between two calls of :meth:`refresh`, the first of them before the first step;
-        None: it is never called, and boxes come from a proposal engine."""
+    def refresh_every(self, steps_a_pass: float) -> int | None:
+        """Steps between two calls of :meth:`refresh`, the first of them before the first step, where a pass over the
+        images takes ``steps_a_pass``; None: it is never called, and boxes come from a proposal engine."""
         return None
 
     def refresh(self, student: Net, images: Tensor, sizes: Tensor, before: list[Priors] | None) -> list[Priors]:

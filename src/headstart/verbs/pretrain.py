@@ -339,7 +339,7 @@ def pretrain(
         if reason and report is not None:
             check_frozen(wrapped, pretraining_method, report)
         chosen = settle(config, pretraining_method, wrapped, len(found), compute)
-        own = pretraining_method.refresh_epochs
+        own = pretraining_method.refresh_every(len(found) / config.train.batch_size)
         given_boxes = pretraining_method.needs_proposals and own is None
         if proposals is not None and not given_boxes:
             chosen.append(f"proposals {proposals}: not used, {method} makes boxes of its own")
@@ -403,7 +403,7 @@ def pretrain(
                 wrapped.to(compute)
                 load.classes = PseudoClasses.at(run.path, wrapped, load, job.images, count, crop_px, config.train, show)
             if own is not None:
-                job.renew_every = max(1, round(own * job.images / config.train.batch_size))
+                job.renew_every = own
                 job.renew = Refresh(
                     pretraining_method,
                     model.student,

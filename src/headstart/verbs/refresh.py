@@ -160,7 +160,7 @@ class Refresh:
         problems = {i: problem for _, _, theirs in everyones for i, problem in theirs.items()}
         if distributed.is_main():
             metadata = {
-                "settings": {"engine": self.method.name, "refresh_epochs": self.method.refresh_epochs},
+                "settings": {"engine": self.method.name, "refresh_steps": self.every},
                 "engine": self.method.name,
                 "engine_version": f"step {step}",
                 "folder": str(self.images.path),

@@ -306,7 +306,7 @@ class _Preparing:
         weights, before = (None, "") if on is None else self.origin(on)
         needs = [before] if before in self.plan.preparing else []
         boxes = None
-        if made.needs_proposals and made.refresh_epochs is None:
+        if made.needs_proposals and made.refresh_every(1) is None:
             boxes = self.proposals
             if boxes is None:
                 task = self._propose(config.proposals)
