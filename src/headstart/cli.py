@@ -699,7 +699,7 @@ def compare(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or what compare made.", metavar="RUN...")],
     out: Annotated[Path, typer.Option("--out", help="HTML file.")] = Path("report.html"),
-    images: Annotated[int, typer.Option("--images", help="Photos shown with detections.")] = 12,
+    images: Annotated[int, typer.Option("--images", help="Photos shown with detections.")] = 24,
     threshold: Annotated[
         float, typer.Option("--threshold", help="Detections with at least this score are drawn.")
     ] = 0.5,

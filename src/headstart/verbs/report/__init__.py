@@ -20,7 +20,7 @@ def report(
     runs: Sequence[Path | str] | Path | str,
     out: Path | str = "report.html",
     *,
-    images: int = 12,
+    images: int = 24,
     threshold: float = 0.5,
 ) -> Path:
     """Write a self-contained HTML report on run folders of any kind and state, and return its path.
