@@ -118,6 +118,17 @@ def test_a_method_that_does_not_fit_the_detector_lends_its_backbone(tmp_path: Pa
         assert task.arguments["settings"]["detector.fpn_channels"] == 8
 
 
+def test_weights_named_as_what_is_pretrained_here_are_not_taken_for_it(tmp_path: Path, arguments: dict):
+    (tmp_path / "soco.pth").touch()
+    mine = str(tmp_path / "soco.pth")
+    for starts in (["scratch", mine, "aligndet"], ["scratch", f"adept@{mine}", "proseco@adept@soco"]):
+        with pytest.raises(SettingsError, match=r"two ways of starting are named (adept@)?soco, .*METHOD@PATH"):
+            planned(tmp_path / "out", arguments, starts=starts)
+    plan = planned(tmp_path / "out", arguments, starts=["scratch", mine, f"aligndet@{mine}"])
+    assert [name for name, task in plan.preparing.items() if task.verb == "pretrain"] == ["aligndet@soco"]
+    assert plan.preparing["aligndet@soco"].arguments["start"] == mine
+
+
 def test_recipes_go_to_their_methods(tmp_path: Path, arguments: dict):
     plan = planned(
         tmp_path,
@@ -318,6 +329,46 @@ def test_stopping_early(tmp_path: Path, arguments: dict, monkeypatch, gain, seed
     assert done.answer.against_baseline()[0].verdict == verdict
     assert {len(cells) for budgets in done.scores.values() for cells in budgets.values()} == {seeds}
     assert json.loads((tmp_path / "out/compare.json").read_text())["answer"]["looks"] == 4
+
+
+def test_starts_and_budgets_are_added_to_a_comparison_that_was_moved(tmp_path: Path, arguments: dict, monkeypatch):
+    """What is there is not run again, and boxes and weights that were made in the folder are where it is now."""
+    ran: list[str] = []
+
+    def trained(tasks, places, logs, show, after):
+        for task in (task for task in tasks if not pool.finished(task)):
+            ran.append(task.name)
+            if task.verb == "propose":
+                task.out.parent.mkdir(parents=True, exist_ok=True)
+                task.out.touch()
+                continue
+            task.out.mkdir(parents=True, exist_ok=True)
+            (task.out / "run.json").write_text('{"status": "finished", "summary": {"seconds": 1}}')
+            (task.out / "detector.safetensors").touch()
+            ap = 0.2 + 0.05 * ("soco" in task.name) + 0.001 * (task.arguments.get("seed", 0) % 7)
+            (task.out / "eval.json").write_text(json.dumps({"metrics": {"bbox": {"AP": ap}}}))
+        return True
+
+    monkeypatch.setattr("headstart.verbs.compare.run_all", trained)
+    monkeypatch.setattr("headstart.verbs.compare.report", lambda *_: None)
+    monkeypatch.setattr("headstart.verbs.compare.rehearse", lambda *_: None)
+    call = lambda out, **more: headstart.compare(**{**arguments, "seeds": 3, **more}, out=out, show=False)
+    first = call(tmp_path / "out", starts=["scratch", "aligndet"])
+    assert first.answer.looks == 1
+    (tmp_path / "out").rename(tmp_path / "moved")
+    ran.clear()
+    more = {"starts": ["scratch", "aligndet", "soco"], "labels": ["2", "4", "100%"]}
+    second = call(tmp_path / "moved", **more)
+    every = {f"{start}-4-seed{4000 + k}" for start in ("scratch", "aligndet@soco", "soco") for k in range(3)}
+    every |= {
+        f"soco-{budget}-seed{1000 * images + k}" for budget, images in (("2", 2), ("100pct", 8)) for k in range(3)
+    }
+    assert set(ran) == every
+    assert second.answer.looks == 2
+    assert {c.pairs for c in second.answer.contrasts} == {9}
+    assert len(second.answer.contrasts) == 3
+    with pytest.raises(RunError, match=r"aligndet@soco, proposals: was .*, now 'else.parquet'"):
+        call(tmp_path / "moved", **more, proposals="else.parquet")
 
 
 def test_seeds_that_are_added_after_a_verdict_are_another_look(tmp_path: Path, arguments: dict, monkeypatch):

@@ -18,7 +18,7 @@ from headstart.errors import HeadstartError, RunError
 from headstart.files import read_json, write_json
 from headstart.verbs.compare import words
 from headstart.verbs.compare.errors import Change, changes
-from headstart.verbs.compare.plan import Cell, Plan, Task, go_on, make_plan
+from headstart.verbs.compare.plan import Cell, Plan, Task, go_on, make_plan, moved
 from headstart.verbs.compare.pool import LOGS, alone, finished, run_all, slots
 from headstart.verbs.compare.rehearsal import rehearse
 from headstart.verbs.compare.statistics import LEVEL, MIN_SEEDS, RULE, Answer, Scores, answer, pairs_needed
@@ -195,7 +195,7 @@ def _check_same(out: Path, plan: Plan) -> list[str]:
             raise RunError(f"{out}: is not empty and no comparison; choose another --out")
         return []
     content = read(out)
-    before = content["fixed"]
+    before = moved(plan, content["fixed"])
     different = [
         f"{name}, {key}: was {old!r}, now {new!r}"
         for name in before.keys() & plan.fixed.keys()

@@ -266,10 +266,12 @@ class _Preparing:
         if recipe is not None and (method := _method_of(recipe)) is not None:
             self.recipes[method] = recipe
         self.recipes |= {recipes.method_of(one): one for one in pretrain_recipes}
+        self.named: dict[str, Start] = {}
 
     def origin(self, start: Start) -> tuple[str, str]:
         """What is fine-tuned: a word or a path; and the name of the start."""
         if start.method is None:
+            self._name(start)
             self.plan.chains[start.name] = []
             return start.source, start.name
         if self.unlabelled is None:
@@ -302,6 +304,7 @@ class _Preparing:
             on = parse_start(FIRST)
             self.plan.notes.append(f"{method} {reason}: {method}@{FIRST}")
         name = method if on is None else f"{method}@{on.name}"
+        self._name(Start(name, method=method, on=on))
         run = self.out / RUNS / name
         weights, before = (None, "") if on is None else self.origin(on)
         needs = [before] if before in self.plan.preparing else []
@@ -326,6 +329,14 @@ class _Preparing:
         self.plan.pretraining.setdefault(name, config)
         self.plan.chains[name] = [*dict.fromkeys([*self.plan.chains.get(before, []), *needs, name])]
         return str(run), name
+
+    def _name(self, start: Start) -> None:
+        """Raises: SettingsError where a file is named as what is pretrained here: one would be taken for the other."""
+        if self.named.setdefault(start.name, start) != start:
+            raise SettingsError(
+                f"--starts: two ways of starting are named {start.name}, weights that are there and what is pretrained "
+                "here; put methods on these weights (METHOD@PATH), or rename the file or folder"
+            )
 
     def _family(self, method: str, section: Mapping[str, Any]) -> str:
         """The detector that a method pretrains: the one that is compared, wherever it can."""
@@ -370,3 +381,16 @@ def _fixed(plan: Plan, starts: Sequence[Start]) -> dict[str, Any]:
     sources = {start.name: start.source for start in starts if start.method is None}
     called = {**{name: task.arguments for name, task in plan.preparing.items()}, **sources, "fine-tuning": tuning}
     return json.loads(json.dumps(called, default=str))
+
+
+def moved(plan: Plan, before: Mapping[str, Any]) -> dict[str, Any]:
+    """``before``, a ``fixed`` of some earlier call, with what was made in its folder where it is now."""
+    here = {task.out.name: str(task.out) for task in plan.preparing.values()}
+    found = {}
+    for name, called in before.items():
+        found[name] = called
+        if name in plan.preparing and isinstance(called, dict):
+            now = plan.preparing[name].arguments
+            own = {key for key in ("start", "proposals") if str(now.get(key)) in here.values() and called.get(key)}
+            found[name] = {**called, **{key: here.get(Path(called[key]).name, called[key]) for key in own}}
+    return found
