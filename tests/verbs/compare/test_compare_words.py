@@ -13,6 +13,7 @@ from rich.console import Console
 
 from headstart.errors import RunError
 from headstart.verbs.compare import _plain, words
+from headstart.verbs.compare.errors import changes
 from headstart.verbs.compare.statistics import RULE, Answer, answer
 from headstart.verbs.report import comparison, report
 from headstart.verbs.report.parts import Looks
@@ -101,3 +102,34 @@ def test_what_is_no_comparison_is_named(folder: Path, tmp_path: Path):
     (folder / "compare.json").write_text("{")
     with pytest.raises(RunError, match="not JSON"):
         report([folder], tmp_path / "r.html")
+
+
+def printed(tables) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    for table in tables:
+        console.print(table)
+    return console.file.getvalue()
+
+
+def test_brackets_in_the_names_of_files_are_printed():
+    scores = {"base[/red]": SCORES["scratch"], "w[red]": SCORES["soco"]}
+    times = {"base[/red]": TIMES["scratch"], "w[red]": TIMES["soco"]}
+    said = printed(words.tables(answer(scores, "base[/red]"), times, changes({"Miss": scores}, "base[/red]")))
+    assert said.count("w[red]") == 4  # AP, labels saved with two budgets, errors
+    assert "against base[/red]" in said
+    assert "that base[/red] needs for the same AP" in said
+
+
+def test_errors_before_and_after_are_of_the_same_pairs(folder: Path):
+    """Where runs are missing, each start has others in common with the baseline."""
+    lost = {**SCORES, "adept": {40: {seed: ap + 0.1 for seed, ap in SCORES["scratch"][40].items()}}}
+    found = changes({"Miss": lost}, "scratch", final=False)
+    content = json.loads((folder / "compare.json").read_text())
+    content["starts"]["adept"] = TIMES["soco"]
+    content["errors"] = [asdict(change) for change in found]
+    (row,) = comparison._error_rows(content)
+    assert row["before"] == "15.2"
+    assert [(cell["before"], cell["after"]) for cell in row["cells"]] == [("", "20.6"), ("20.2", "30.2")]
+    said = printed(words.tables(answer(lost, "scratch", final=False), content["starts"], found))
+    assert "20.2 → 30.2" in said
+    assert "15.2 → " not in said

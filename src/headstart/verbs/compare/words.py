@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from headstart.tide import MAIN, MEANING
@@ -176,7 +178,7 @@ def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]], changes: Sequ
     table.add_column("start")
     for images in budgets:
         table.add_column(plural(images, "image"), justify="right")
-    for column in (f"against {answer.baseline}", "pretraining", "a fine-tuning"):
+    for column in (f"against {escape(answer.baseline)}", "pretraining", "a fine-tuning"):
         table.add_column(column)
     verdicts = {c.ours: f"{c.verdict}, {signed(c.difference)}" for c in answer.against_baseline()}
     bands = {(band.start, band.images): band for band in answer.bands}
@@ -187,20 +189,25 @@ def tables(answer: Answer, times: Mapping[str, Mapping[str, Any]], changes: Sequ
             half = "" if band is None or band.high is None else f" ± {percent(band.high - band.mean)}"
             cells.append("–" if band is None else f"{percent(band.mean)}{half}")
         spent = [time_text(time["pretraining"]), time_text(time["finetuning"])]
-        table.add_row(f"[cyan]{start}[/cyan]", *cells, verdicts.get(start, ""), *spent)
+        table.add_row(_start(start), *cells, verdicts.get(start, ""), *spent)
     found = [table]
     if answer.saved:
-        title = f"Labelled images that {answer.baseline} needs for the same AP (95% interval)"
+        title = f"Labelled images that {escape(answer.baseline)} needs for the same AP (95% interval)"
         saved = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        for column in ("start", "with", "AP", answer.baseline):
+        for column in ("start", "with", "AP", escape(answer.baseline)):
             saved.add_column(column)
         for one in answer.saved:
             text = saved_text(one, budgets[0], budgets[-1])
-            saved.add_row(f"[cyan]{one.start}[/cyan]", f"{one.images:,}", percent(one.ap), text)
+            saved.add_row(_start(one.start), f"{one.images:,}", percent(one.ap), text)
         found.append(saved)
     if changes:
         found.append(_error_table(answer, changes))
     return found
+
+
+def _start(name: str) -> str:
+    """A cell; files and folders may have brackets in their names."""
+    return f"[cyan]{escape(name)}[/cyan]"
 
 
 def _error_table(answer: Answer, changes: Sequence[Change]) -> Table:
@@ -213,13 +220,18 @@ def _error_table(answer: Answer, changes: Sequence[Change]) -> Table:
     starts = dict.fromkeys(change.start for change in changes)
     by_type = {(change.start, change.type): change for change in changes}
     first = {type: next(change for change in changes if change.type == type) for type in types}
-    table.add_row(f"[cyan]{answer.baseline}[/cyan]", *(percent(first[type].before) for type in types))
+    table.add_row(_start(answer.baseline), *(percent(first[type].before) for type in types))
     for start in starts:
         cells = []
         for type in types:
             change = by_type.get((start, type))
-            cells.append("–" if change is None else f"{percent(change.after)}{'*' if change.shown else ''}")
-        table.add_row(f"[cyan]{start}[/cyan]", *cells)
+            if change is None:
+                cells.append("–")
+                continue
+            other = not math.isclose(change.before, first[type].before, abs_tol=1e-9)  # pairs, where runs are missing
+            before = f"{percent(change.before)} → " if other else ""
+            cells.append(f"{before}{percent(change.after)}{'*' if change.shown else ''}")
+        table.add_row(_start(start), *cells)
     return table
 
 

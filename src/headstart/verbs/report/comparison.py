@@ -116,7 +116,7 @@ def answered(path: Path, content: Mapping[str, Any], runs: Sequence[Run], looks:
 
 
 def _errors(content: Mapping[str, Any], looks: Mapping[str, Look], name: str) -> Shown | None:
-    """Bars of error types, of all budgets and seeds together; nothing where no run says them."""
+    """Bars of error types, of all runs together, paired or not; nothing where no run says them."""
     series = []
     for start, look in looks.items():
         gains = [run["errors"] for run in content["runs"] if run["start"] == start and run.get("errors")]
@@ -134,20 +134,25 @@ def _errors(content: Mapping[str, Any], looks: Mapping[str, Look], name: str) ->
     alt = f"Points of AP50 that types of error cost. {described}"
     return Shown(
         figures.error_bars(series, [f"{t}: {MEANING[t]}" for t in MAIN], name, alt),
-        "AP50 that each type of error costs, in points: mean over label budgets and seeds; lines: from the lowest run "
+        "AP50 that each type of error costs, in points: mean over all runs of a start; lines: from the lowest run "
         "to the highest.",
     )
 
 
 def _error_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a type of error: with the baseline, then of each other start what it is with that, and the difference."""
+    """A row a type of error: with the baseline, then of each other start what it is with that, and the difference.
+
+    Where runs are missing, starts have other pairs: then a cell says itself what the baseline has in its pairs.
+    """
     rows = []
     for type in MAIN:
         mine = {change["start"]: change for change in content.get("errors", []) if change["type"] == type}
         if not mine:
             continue
+        before = next(iter(mine.values()))["before"]
         cells = [
             {
+                "before": "" if math.isclose(c["before"], before, abs_tol=1e-9) else words.percent(c["before"]),
                 "after": words.percent(c["after"]),
                 "difference": words.signed(c["difference"]),
                 "range": "" if c["low"] is None else f"{words.signed(c['low'])} to {words.signed(c['high'])}",
@@ -158,8 +163,7 @@ def _error_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
             for start in content["starts"]
             if start != content["answer"]["baseline"]
         ]
-        before = words.percent(next(iter(mine.values()))["before"])
-        rows.append({"type": type, "meaning": MEANING[type], "before": before, "cells": cells})
+        rows.append({"type": type, "meaning": MEANING[type], "before": words.percent(before), "cells": cells})
     return rows
 
 
