@@ -147,6 +147,27 @@ def test_too_few_pairs_say_how_many_it_takes():
     assert a.saved == ()  # one budget: nothing to interpolate
 
 
+def test_a_pair_is_of_equal_images_and_seed():
+    """Whatever the order of runs, and where a seed is missing: with other pairs the luck that is shared would stay."""
+    scores = {
+        "scratch": {10: {3: 0.9, 1: 0.1, 2: 0.5, 7: 0.0}, 20: {4: 0.3}},
+        "soco": {10: {1: 0.11, 2: 0.52, 3: 0.93, 8: 1.0}, 20: {4: 0.34}, 40: {5: 1.0}},
+    }
+    found = differences(scores, "soco", "scratch")
+    assert list(found) == [10, 20]
+    np.testing.assert_allclose(found[10], [0.01, 0.02, 0.03])
+    np.testing.assert_allclose(found[20], [0.04])
+
+
+def test_labels_saved_keep_pairs():
+    """A start a tenth of the way up in every pair saves as much in every draw, however seeds scatter."""
+    theirs = {i: {s: ap + x for s, x in enumerate([0.02, -0.03, 0.01, 0.0])} for i, ap in ((10, 0.1), (100, 0.9))}
+    ours = {i: dict(reversed([(s, ap + 0.08) for s, ap in cells.items()])) for i, cells in theirs.items()}
+    saved = labels_saved({"scratch": theirs, "soco": ours}, "soco", "scratch")[0]
+    assert saved.needed == pytest.approx(10**1.1)
+    assert 12 < saved.low < saved.needed < saved.high < 13.3
+
+
 def test_a_budget_where_it_is_the_other_way_is_named():
     scores = table(np.random.default_rng(9), 4, worth={"soco": 4.0}, starts=STARTS[:2])
     scores["soco"][50] = {seed: ap - 0.03 for seed, ap in scores["scratch"][50].items()}
