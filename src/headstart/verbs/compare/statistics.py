@@ -39,7 +39,7 @@ RULE = (
     "compared in pairs. A difference is shown when the mean over label budgets of the paired differences is unlikely "
     "by luck alone: exact sign-flip test, two-sided, at least 3 seeds, corrected by Holm's method for all pairs of "
     "starts, and for each time --stop-early looked, or seeds were added after a verdict. The chance of any wrong claim "
-    "among them is at most 5%, and that of one on types of error too, which are tested in the same way. Labels "
+    "in this answer is at most 5%, and that of one on types of error too, which are tested in the same way. Labels "
     "saved are read off the baseline's mean AP, made monotone and interpolated on the logarithm of labels, never "
     "beyond the budgets that were tried; they are shown where a gain is, the two 95% bands do not overlap, and the "
     "bootstrap interval over seeds does not reach down to the labels given. Seeds vary the labelled images, new "

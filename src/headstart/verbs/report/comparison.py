@@ -211,7 +211,7 @@ def _contrast(c: Mapping[str, Any]) -> dict[str, str]:
         "difference": words.signed(c["difference"]),
         "range": "–" if c["low"] is None else f"{words.signed(c['low'])} to {words.signed(c['high'])}",
         "gaps": gaps,
-        "verdict": "not shown" if c["verdict"] == "not shown" else "shown",
+        "verdict": {"not shown": "not shown", "worse": "hint"}.get(c["verdict"], "shown"),
         "said": c["verdict"],
         "reason": c["reason"],
     }

@@ -92,8 +92,8 @@
       const class_ = form.elements.class.selectedOptions[0].dataset.name;
       if (class_) address.set("class", class_);
       if (form.elements.error.value) address.set("error", form.elements.error.value);
-      if (address.size && galleries.length > 1) address.set("gallery", gallery.dataset.gallery);
-      history.replaceState(null, "", address.size ? `#${address}` : "#pictures");
+      if (`${address}` && galleries.length > 1) address.set("gallery", gallery.dataset.gallery);
+      history.replaceState(null, "", `${address}` ? `#${address}` : "#pictures");
     };
     gallery.read = (address) => {
       const named = [...form.elements.class.options].find((o) => o.dataset.name === address.get("class"));
