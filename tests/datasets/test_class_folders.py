@@ -55,6 +55,15 @@ def test_the_archives_as_they_are(tmp_path: Path) -> None:
     assert classes_of(load_class_data(root / "ILSVRC2012_img_val.tar")) == flat
 
 
+def test_the_kit_may_be_beside_a_link(tmp_path: Path) -> None:
+    root = layouts.imagenet(tmp_path / "a")
+    expected = classes_of(load_class_data(root / "val"))
+    (tmp_path / "store" / "deep").mkdir(parents=True)
+    (root / "val").rename(tmp_path / "store" / "deep" / "val")
+    (root / "val").symlink_to(tmp_path / "store" / "deep" / "val")
+    assert classes_of(load_class_data(root / "val")) == expected
+
+
 def test_another_order_of_classes(tmp_path: Path) -> None:
     data = load_class_data(layouts.imagenet(tmp_path / "a") / "val")
     order = ["zebra", *reversed(data.classes)]

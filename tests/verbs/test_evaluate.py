@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from headstart.datasets.detection import DetectionData, load_detection_data
 from headstart.datasets.voc import CLASSES
 from headstart.errors import DataError, SettingsError
 from headstart.proposals.store import Row, schema_for, table_of, write_rows
-from headstart.verbs.evaluate import assess, usual_metric, write_evaluation
+from headstart.verbs.evaluate import assess, in_order_of, usual_metric, write_evaluation
 
 
 def voc_data(root: Path, year: str, names: tuple[str, ...] = CLASSES) -> Path:
@@ -86,6 +87,14 @@ def test_every_metric_of_perfect_detections_is_one(scenes: Path, tmp_path: Path)
     assert (proposals.metrics["bbox"]["AR1000"], proposals.errors) == (pytest.approx(1), {})
 
 
+def test_what_a_detector_knows_besides_counts_for_nothing_in_lvis_data(scenes: Path, tmp_path: Path) -> None:
+    images = load_detection_data(scenes / "val.json").images[0].path.parent
+    data = load_detection_data(federated(tmp_path, scenes / "val.json"), images)
+    more = in_order_of(data, ["ghost", *(category.name for category in data.categories)])
+    ghosts = [{**d, "category_id": more.categories[0].id, "score": 0.9} for d in perfect(data)]
+    assert assess(more, [*ghosts, *perfect(data)], "lvis").metrics == assess(data, perfect(data), "lvis").metrics
+
+
 def boxes_file(path: Path, data: DetectionData, scores: bool = False, **change: Any) -> Path:
     """All objects, after four boxes that are none; with scores that call the objects surer."""
     rows, levels = [], []
@@ -148,3 +157,14 @@ def test_metrics_that_cannot_be(metric: str, message: str, scenes: Path, tmp_pat
     file = boxes_file(tmp_path / "boxes.parquet", load_detection_data(scenes / "val.json"))
     with pytest.raises(SettingsError, match=message):
         headstart.evaluate(file, scenes / "val.json", metric=metric)
+
+
+def test_what_is_no_lvis_data_is_refused_before_anything_is_detected(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detected: list[Any] = []
+    monkeypatch.setattr("headstart.detectors.wrap", lambda module: module)
+    monkeypatch.setattr("headstart.verbs.evaluate.run_detector", lambda *given: detected.append(given))
+    with pytest.raises(DataError, match=r'"neg_category_ids" None; .* as LVIS v1'):
+        headstart.evaluate(torch.nn.Identity(), scenes / "val.json", metric="lvis")
+    assert not detected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -27,7 +29,7 @@ from headstart.detectors.weights import read_metadata
 from headstart.errors import DataError, RunError, SettingsError, WeightsError
 from headstart.verbs import linear as linear_module
 from headstart.verbs.evaluate import load_finetuned
-from headstart.verbs.linear import LinearSettings, central_view, classifier, ranks_of
+from headstart.verbs.linear import Accuracy, LinearSettings, central_view, classifier, ranks_of
 
 PX = 32
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
@@ -150,6 +152,13 @@ def test_ranks_are_top_k_and_ties_do_not_help():
         assert torch.equal(ranks < k, expected)
     assert ranks_of(torch.zeros(2, 9), torch.tensor([0, 8])).tolist() == [8, 8]
     assert ranks_of(torch.full((1, 9), torch.nan), torch.tensor([0])).tolist() == [8]
+
+
+def test_names_of_classes_are_printed_as_they_are(tmp_path):
+    scores = Accuracy(tmp_path, ("[red]", "plain"), np.array([0, 1]), np.array([0, 1]))
+    console = Console(width=100, file=io.StringIO())
+    console.print(*scores.tables())
+    assert "[red]" in console.file.getvalue()
 
 
 def test_colour_is_learned_on_random_features_and_the_backbone_stays(data, tmp_path):
@@ -305,6 +314,14 @@ def test_data_and_settings_that_do_not_fit(data, tmp_path):
         run(data, tmp_path / "run", "nowhere")
     with pytest.raises(SettingsError, match=r"linear: test\.resize_px: 32; expected augment\.view_px or more"):
         run(data, tmp_path / "run", settings={"test.resize_px": 32, "augment.view_px": 64})
+    for name, value, message in (
+        ("augment.crop_scale", [2.0, 3.0], r"crop_scale: 2\.0, 3\.0; expected .* above 0, the smaller first, up to 1"),
+        ("augment.crop_ratio", [0.0, 1.0], r"crop_ratio: 0\.0, 1\.0; expected .* above 0, the smaller first"),
+        ("augment.crop_ratio", [2.0, 1.0], r"crop_ratio: 2\.0, 1\.0; expected"),
+        ("backbone.image_mean", [0.5], r"backbone\.image_mean"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            run(data, tmp_path / "run", settings={name: value})
     with pytest.raises(SettingsError, match=r"optim\.optimizer=adamw: needs its learning rate too"):
         run(data, tmp_path / "run", settings={"optim.optimizer": "adamw"})
     assert not (tmp_path / "run").exists()

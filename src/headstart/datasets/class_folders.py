@@ -153,8 +153,9 @@ def _official(images: ImageSet) -> tuple[dict[str, int], np.ndarray]:
 
 
 def _kit(path: Path) -> Path:
-    folder = path.resolve()
-    places = [place / KIT for place in (folder, folder.parent, folder.parent.parent)]
+    # Where a link is before where it leads.
+    folders = dict.fromkeys((path.absolute(), path.resolve()))
+    places = [place / KIT for folder in folders for place in (folder, folder.parent, folder.parent.parent)]
     for place in places:
         if place.is_dir():
             return place

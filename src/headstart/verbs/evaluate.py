@@ -19,6 +19,7 @@ from headstart import coco_eval, detectors, tide, voc_eval
 from headstart.console import notes, progress
 from headstart.datasets import voc
 from headstart.datasets.detection import Category, DetectionData, load_detection_data, named
+from headstart.datasets.lvis import FREQUENCIES
 from headstart.datasets.torch_dataset import DetectionDataset
 from headstart.detectors.detector import Detector
 from headstart.detectors.formats import transformers_folders
@@ -179,7 +180,9 @@ def in_order_of(data: DetectionData, names: Sequence[str]) -> DetectionData:
     """
     ids = {category.name: category.id for category in data.categories}
     free = iter(range(max(ids.values(), default=0) + 1, max(ids.values(), default=0) + 1 + len(names)))
-    return data.with_categories([Category(ids[n] if n in ids else next(free), n) for n in names])
+    # What federated data lack was looked for in none of their images: how frequent it is makes no difference.
+    other = FREQUENCIES[0] if data.is_federated else None
+    return data.with_categories([Category(ids[n], n) if n in ids else Category(next(free), n, other) for n in names])
 
 
 def run_detector(

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -60,8 +61,12 @@ FAR_ABOVE = 3
 class BackboneSettings(Settings):
     name: str = Field("resnet50", description="torchvision or timm backbone name, for example resnet18")
     composite: int = Field(1, ge=1, description="identical copies of the backbone, CBNetV2; the last one counts")
-    image_mean: list[float] = Field([0.485, 0.456, 0.406], description="RGB mean, in [0, 1]")
-    image_std: list[float] = Field([0.229, 0.224, 0.225], description="RGB standard deviation, in [0, 1]")
+    image_mean: list[float] = Field(
+        [0.485, 0.456, 0.406], min_length=3, max_length=3, description="RGB mean, in [0, 1]"
+    )
+    image_std: list[float] = Field(
+        [0.229, 0.224, 0.225], min_length=3, max_length=3, description="RGB standard deviation, in [0, 1]"
+    )
 
 
 class AugmentSettings(Settings):
@@ -69,6 +74,15 @@ class AugmentSettings(Settings):
     crop_scale: tuple[float, float] = Field((0.08, 1.0), description="range of a crop's share of the image's area")
     crop_ratio: tuple[float, float] = Field((3 / 4, 4 / 3), description="range of a crop's width / height")
     flip_prob: float = Field(0.5, ge=0, le=1, description="probability of a horizontal flip")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        for name, top in (("crop_scale", 1.0), ("crop_ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= top:
+                expected = "two numbers above 0, the smaller first" + (", up to 1" if top == 1 else "")
+                raise ValueError(f"augment.{name}: {low}, {high}; expected {expected}")
+        return self
 
 
 class ScoringSettings(Settings):
@@ -147,7 +161,7 @@ class Accuracy:
             each.add_column(column, justify="right")
         for k, name in enumerate(self.classes):
             scores = (coco_eval.percent(self.top(n, k)) for n in (1, 5))
-            each.add_row(name, f"{int((self.labels == k).sum()):,}", *scores)
+            each.add_row(escape(name), f"{int((self.labels == k).sum()):,}", *scores)
         return [whole, each]
 
 
