@@ -17,7 +17,7 @@ from headstart.verbs.report.words import percent, plural, signed
 
 
 def sentences(answer: Answer, changes: Sequence[Change] = (), done: int = 0, planned: int = 0) -> list[str]:
-    """The verdict on each way of starting, the labels it saves, which is best, and what changes in the errors: each
+    """Which way of starting is best, the verdict on each, the labels it saves, and what changes in the errors: each
     only where it is shown, and nothing before ``done`` are all the ``planned`` runs."""
     if not answer.final:
         return [
@@ -31,11 +31,10 @@ def sentences(answer: Answer, changes: Sequence[Change] = (), done: int = 0, pla
         said.append(_verdict(contrast))
         said += _labels(answer, contrast)
     if len({band.start for band in answer.bands}) > 2:
-        said.append(
-            f"Best: {answer.winner}, which is shown to be better than each of the others."
-            if answer.winner is not None
-            else "Which way of starting is best is not shown: none is shown to be better than all others."
-        )
+        if answer.winner is not None:
+            said.insert(0, f"Best: {answer.winner}, which is shown to be better than each of the others.")
+        else:
+            said.append("Which way of starting is best is not shown: none is shown to be better than all others.")
     return said + _errors(changes)
 
 

@@ -157,6 +157,7 @@ def _error_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "difference": words.signed(c["difference"]),
                 "range": "" if c["low"] is None else f"{words.signed(c['low'])} to {words.signed(c['high'])}",
                 "shown": c["shown"],
+                "less": c["difference"] < 0,
             }
             if (c := mine.get(start))
             else None
